@@ -1,0 +1,242 @@
+"""Typed, hashable configuration and its named presets.
+
+Every field is a command-line option (``--planner.candidates 128``). Configurations are frozen and
+hashable, so that a jitted function takes one as a static argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The environment."""
+
+    name: Annotated[str, tyro.conf.arg(name="env", prefix_name=False, metavar="NAME")] = "carracing"
+    """Environment to train on."""
+    max_steps: int = 600
+    """Environment steps after which an episode is truncated."""
+    patience: int = 0
+    """Truncate a training episode after this many environment steps without a positive reward
+    (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks (paper, Supp. B)."""
+
+    dynamics: Literal["diffusion", "mlp"] = "diffusion"
+    """World model: the diffusion transformer, or the deterministic one-step MLP baseline."""
+    latent_dim: int = 64
+    """Size D of the latent."""
+    horizon: int = 5
+    """World-model steps H that are imagined."""
+    chunk: int = 3
+    """Environment steps C in one world-model step."""
+    action_dim: int = 3
+    """Action size A. Set from the environment."""
+    encoder_width: int = 256
+    """Width of each modality's embedding."""
+    cnn_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Channels of the five convolutions."""
+    diffusion_timesteps: int = 1000
+    """Diffusion timesteps T of the noise schedule."""
+    timestep_dim: int = 32
+    """Size of the learned timestep embedding."""
+    transformer_width: int = 256
+    """Width of the diffusion transformer."""
+    transformer_depth: int = 6
+    """Blocks of the diffusion transformer."""
+    transformer_heads: int = 8
+    """Attention heads."""
+    transformer_hidden: int = 512
+    """Hidden width of a transformer block's feed-forward network."""
+    mlp_width: int = 384
+    """Width of the MLP dynamics."""
+    mlp_depth: int = 6
+    """Residual blocks of the MLP dynamics."""
+    reward_width: int = 256
+    """Width of the reward head."""
+    reward_depth: int = 2
+    """Residual blocks of the reward head."""
+    value_width: int = 512
+    """Hidden width of a value head."""
+    value_heads: int = 2
+    """Value heads E, of which the minimum is the value."""
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """The cross-entropy method (paper, Supp. D)."""
+
+    candidates: int = 512
+    """Action sequences N sampled in each iteration."""
+    elites: int = 64
+    """Best sequences K that the next mean and standard deviation come from."""
+    iterations: int = 10
+    """CEM iterations I."""
+    diffusion_steps: int = 1
+    """DDIM steps for each imagined trajectory."""
+    answer: Literal["best", "mean"] = "best"
+    """Answer with the best sequence seen over all iterations, or with the final elite mean."""
+    shared_noise: bool = False
+    """Start every candidate of a plan from one noise draw, rather than each from its own."""
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """The objective and the optimizer (paper, Supp. C and Table 3)."""
+
+    batch_size: int = 256
+    """Segments B in a batch."""
+    updates_per_step: float = 0.1
+    """Updates for each environment step collected; 0.1 is 60 for a full CarRacing episode."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate."""
+    adam_b1: float = 0.9
+    """Adam's first-moment decay."""
+    adam_b2: float = 0.999
+    """Adam's second-moment decay."""
+    max_grad_norm: float = 10.0
+    """Global gradient norm to clip at."""
+    ema_rate: float = 0.005
+    """Share of the online parameters that enters the moving average after each update."""
+    discount: float = 0.99
+    """Discount per environment step."""
+    diffusion_weight: float = 1.0
+    """Weight of the dynamics loss."""
+    reward_weight: float = 0.01
+    """Weight of the reward loss."""
+    value_weight: float = 0.01
+    """Weight of the temporal-difference loss."""
+    sigreg_weight: float = 0.05
+    """Weight of SIGReg; one minus it weights all the rest."""
+    sigreg_directions: int = 1024
+    """Random directions that SIGReg projects on."""
+    sigreg_knots: int = 17
+    """Points at which the characteristic functions are compared."""
+    bootstrap_terminal: bool = True
+    """Bootstrap the TD target through a terminal step, as the reference does."""
+    td_encoder: Literal["online", "ema"] = "online"
+    """Encoder whose latents the TD target is taken at (the reference: online)."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How experience is collected."""
+
+    episodes: int = 5000
+    """Training episodes, the seed episodes included."""
+    seed_episodes: int = 10
+    """Episodes driven by the untrained planner before the first update."""
+    num_envs: int = 1
+    """Environments stepped in parallel, each in a worker process when there are several."""
+    noise_start: float = 0.25
+    """Standard deviation of the exploration noise at first, added before tanh."""
+    noise_end: float = 0.05
+    """Standard deviation of the exploration noise after the decay."""
+    noise_hold: int = 250
+    """Episodes at the first noise level."""
+    noise_decay: int = 250
+    """Episodes over which the noise then falls linearly."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """The replay buffer."""
+
+    capacity: int = 1000
+    """Episodes kept; the oldest goes first."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Periodic evaluation on the fixed tracks."""
+
+    every: int = 250
+    """Episodes between evaluations; 0 for none."""
+    tracks: int = 5
+    """Fixed tracks of each evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: int = 25
+    """Episodes between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    """Seed that everything random in the run follows from."""
+
+    @property
+    def plan_shape(self) -> tuple[int, int]:
+        """Shape ``[H * C, A]`` of a planned action sequence."""
+        return self.model.horizon * self.model.chunk, self.model.action_dim
+
+    @property
+    def segment_steps(self) -> int:
+        """Environment steps that a training segment spans: (H + 1) * C."""
+        return (self.model.horizon + 1) * self.model.chunk
+
+
+_PAPER = Config()
+
+PRESETS: dict[str, Config] = {
+    # Every value of Table 3 of the paper.
+    "paper": _PAPER,
+    # What a 2-core CPU learns from in an hour or two; docs/results.md has what was measured.
+    "cpu": dataclasses.replace(
+        _PAPER,
+        env=EnvConfig(patience=75),
+        planner=PlannerConfig(candidates=64, elites=8, iterations=4),
+        learn=LearnConfig(batch_size=64, updates_per_step=0.2),
+        collect=CollectConfig(episodes=600, noise_hold=100, noise_decay=100),
+    ),
+    # A smoke run on the real environment: over in about a minute, learns nothing worth having.
+    "tiny": dataclasses.replace(
+        _PAPER,
+        env=EnvConfig(max_steps=60),
+        model=ModelConfig(
+            latent_dim=16,
+            encoder_width=32,
+            cnn_channels=(4, 8, 8, 8, 16),
+            timestep_dim=8,
+            transformer_width=64,
+            transformer_depth=1,
+            transformer_heads=2,
+            transformer_hidden=64,
+            mlp_width=32,
+            mlp_depth=1,
+            reward_width=32,
+            reward_depth=1,
+            value_width=32,
+        ),
+        planner=PlannerConfig(candidates=16, elites=4, iterations=2),
+        learn=LearnConfig(batch_size=8, sigreg_directions=16),
+        collect=CollectConfig(episodes=6, seed_episodes=2),
+        replay=ReplayConfig(capacity=10),
+        eval=EvalConfig(every=3, tracks=1),
+        checkpoint=CheckpointConfig(every=3),
+    ),
+}

@@ -1,0 +1,59 @@
+"""The agent's networks behind plain functions of one parameter dict."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from valdi_jax.config import Config
+from valdi_jax.dynamics import imagine, init_dynamics
+from valdi_jax.encoder import Encoder
+from valdi_jax.heads import RewardHead, ValueHeads
+from valdi_jax.types import Array, Observation, Params
+
+__all__ = ["encode", "imagine", "init_params", "parameter_count", "reward", "value", "values"]
+
+
+def init_params(key: Array, observation: Observation, *, config: Config) -> Params:
+    """Parameters of all networks, initialised as the reference does.
+
+    Args:
+        key: PRNG key.
+        observation: one example (or its ``jax.ShapeDtypeStruct``s), with any leading axes.
+    """
+    model = config.model
+    encoder_key, dynamics_key, reward_key, value_key = jax.random.split(key, 4)
+    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
+    z = jnp.zeros((1, model.latent_dim))
+    chunk = jnp.zeros((1, model.chunk * model.action_dim))
+    return {
+        "encoder": Encoder(model).init(encoder_key, observation)["params"],
+        "dynamics": init_dynamics(dynamics_key, config=model),
+        "reward": RewardHead(model).init(reward_key, z, chunk)["params"],
+        "value": ValueHeads(model).init(value_key, z)["params"],
+    }
+
+
+def parameter_count(params: Params) -> int:
+    """Trainable parameters in all."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def encode(params: Params, observation: Observation, *, config: Config) -> Array:
+    """Latent [..., D] of an observation [..., ]."""
+    return Encoder(config.model).apply({"params": params["encoder"]}, observation)
+
+
+def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
+    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
+
+
+def values(params: Params, z: Array, *, config: Config) -> Array:
+    """Estimates [E, ...] of every value head at a latent [..., D]."""
+    return ValueHeads(config.model).apply({"params": params["value"]}, z)
+
+
+def value(params: Params, z: Array, *, config: Config) -> Array:
+    """The value [...] of a latent [..., D]: the minimum over the heads."""
+    return values(params, z, config=config).min(axis=0)

@@ -1,0 +1,161 @@
+"""The cross-entropy method, and the planner that ties it to the world model (paper, Supp. D)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from valdi_jax import model
+from valdi_jax.config import Config, PlannerConfig
+from valdi_jax.types import Array, Observation, Params, Plan
+
+
+@struct.dataclass
+class CEMState:
+    """The search between two iterations."""
+
+    mean: Array  # [...] of the sampling distribution
+    std: Array  # [...]
+    best: Array  # [...] best candidate seen so far
+    best_score: Array  # []
+
+
+def cem(
+    score_fn: Callable[[Array, Array], Array],
+    mean: Array,
+    std: Array,
+    key: Array,
+    *,
+    candidates: int,
+    elites: int,
+    iterations: int,
+) -> CEMState:
+    """Maximise a score with the cross-entropy method (Rubinstein & Kroese, 2004).
+
+    Args:
+        score_fn: (candidates [N, ...], key) -> scores [N], to be maximised.
+        mean: [...] of the first sampling distribution.
+        std: [...] of the first sampling distribution.
+        key: PRNG key.
+        candidates: N sampled in each iteration.
+        elites: K kept, 2 .. N (the sample standard deviation needs two).
+        iterations: refits.
+
+    Returns: the final distribution, and the best candidate seen over all iterations.
+
+    Raises:
+        ValueError: if ``elites`` is not in 2 .. N.
+    """
+    if not 2 <= elites <= candidates:
+        raise ValueError(f"elites is {elites}; it must be between 2 and candidates ({candidates})")
+
+    def iterate(state: CEMState, key: Array) -> tuple[CEMState, None]:
+        sample_key, score_key = jax.random.split(key)
+        noise = jax.random.normal(sample_key, (candidates, *mean.shape))
+        samples = state.mean + state.std * noise
+        scores = score_fn(samples, score_key)
+        elite_scores, indices = jax.lax.top_k(scores, elites)
+        elite = samples[indices]
+        improved = elite_scores[0] > state.best_score
+        return CEMState(
+            mean=elite.mean(axis=0),
+            std=elite.std(axis=0, ddof=1) + 1e-6,
+            best=jnp.where(improved, elite[0], state.best),
+            best_score=jnp.where(improved, elite_scores[0], state.best_score),
+        ), None
+
+    state = CEMState(mean=mean, std=std, best=mean, best_score=jnp.float32(-jnp.inf))
+    state, _ = jax.lax.scan(iterate, state, jax.random.split(key, iterations))
+    return state
+
+
+def predicted_return(
+    params: Params, z: Array, actions: Array, noise: Array, *, config: Config, steps: int
+) -> Array:
+    """Discounted return [...] of action chunks [..., H, C * A] from a latent z (equation 10).
+
+    Args:
+        params: all networks.
+        z: [D] or [..., D].
+        actions: [..., H, C * A].
+        noise: [..., H, D] start of the diffusion.
+        config: the run's configuration.
+        steps: DDIM steps.
+    """
+    z = jnp.broadcast_to(z, (*actions.shape[:-2], z.shape[-1]))
+    imagined = model.imagine(
+        params["dynamics"], z, actions, noise, config=config.model, steps=steps
+    )
+    return trajectory_return(params, z, imagined, actions, config=config)
+
+
+def trajectory_return(
+    params: Params, z: Array, imagined: Array, actions: Array, *, config: Config
+) -> Array:
+    """Score [...] of imagined latents [..., H, D] after z [..., D] (equation 10)."""
+    states = jnp.concatenate([z[..., None, :], imagined[..., :-1, :]], axis=-2)
+    rewards = model.reward(params, states, actions, config=config)
+    discount = config.learn.discount**config.model.chunk
+    discounts = discount ** jnp.arange(config.model.horizon + 1, dtype=jnp.float32)
+    terminal = model.value(params, imagined[..., -1, :], config=config)
+    return rewards @ discounts[:-1] + discounts[-1] * terminal
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def plan(
+    params: Params,
+    obs: Observation,
+    key: Array,
+    *,
+    config: Config,
+    noise_std: float | Array = 0.0,
+) -> Plan:
+    """Plan from one observation: one compiled call, pure, safe to ``vmap`` over ``obs`` and ``key``.
+
+    Args:
+        params: parameters of all networks, as in ``AgentState.params``.
+        obs: one observation, without a batch axis.
+        key: PRNG key; the same key gives the same plan.
+        config: the run's configuration (static: another one compiles again).
+        noise_std: standard deviation of the exploration noise added before tanh.
+
+    Returns: the plan; execute its first C actions, then plan again.
+    """
+    settings: PlannerConfig = config.planner
+    shape = config.plan_shape
+    noise_shape = (config.model.horizon, config.model.latent_dim)
+    search_key, shared_key, explore_key = jax.random.split(key, 3)
+    z = model.encode(params, obs, config=config)
+
+    def score(samples: Array, key: Array) -> Array:
+        actions = jnp.tanh(samples).reshape(samples.shape[0], config.model.horizon, -1)
+        if settings.shared_noise:
+            noise = jax.random.normal(shared_key, noise_shape)
+            noise = jnp.broadcast_to(noise, (samples.shape[0], *noise_shape))
+        else:
+            noise = jax.random.normal(key, (samples.shape[0], *noise_shape))
+        return predicted_return(
+            params, z, actions, noise, config=config, steps=settings.diffusion_steps
+        )
+
+    found = cem(
+        score,
+        jnp.zeros(shape),
+        jnp.ones(shape),
+        search_key,
+        candidates=settings.candidates,
+        elites=settings.elites,
+        iterations=settings.iterations,
+    )
+    chosen = found.best if settings.answer == "best" else found.mean
+    explored = chosen + noise_std * jax.random.normal(explore_key, shape)
+    return Plan(
+        actions=jnp.tanh(explored),
+        predicted_return=found.best_score,
+        mean=found.mean,
+        std=found.std,
+    )

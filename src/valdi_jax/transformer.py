@@ -1,0 +1,107 @@
+"""The diffusion transformer (paper, Supp. B, "Dynamics")."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from valdi_jax.config import ModelConfig
+from valdi_jax.layers import Linear, gelu, layer_norm
+from valdi_jax.types import Array
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Bidirectional attention over a handful of tokens, [..., tokens, heads, size] each.
+
+    Written as broadcast products and sums: with 6 tokens the two batched matrix products are so
+    small that a general matrix kernel is twice as slow on a CPU (docs/performance.md).
+    """
+    scores = jnp.sum(q[..., :, None, :, :] * k[..., None, :, :, :], axis=-1) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores, axis=-2)  # [..., query, key, heads], over the keys
+    return jnp.sum(weights[..., None] * v[..., None, :, :, :], axis=-3)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without biases: [..., tokens, width] -> the same."""
+
+    heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        *lead, width = x.shape
+        h = Linear(3 * width, use_bias=False, name="qkv")(
+            layer_norm(use_bias=False, name="attention_norm")(x)
+        )
+        q, k, v = (
+            part.reshape(*lead, self.heads, width // self.heads)
+            for part in jnp.split(h, 3, axis=-1)
+        )
+        h = attention(q, k, v).reshape(*lead, width)
+        x = x + Linear(width, use_bias=False, name="projection")(h)
+        h = layer_norm(use_bias=False, name="mlp_norm")(x)
+        h = Linear(self.hidden, use_bias=False, name="mlp_in")(h)
+        return x + Linear(width, use_bias=False, name="mlp_out")(gelu(h))
+
+
+class DiffusionTransformer(nn.Module):
+    """Velocity of a noised latent trajectory, given where it starts and the actions taken.
+
+    The condition token carries z_t; each of the H others carries the timestep, its position's
+    learned marker, its action chunk and its noised latent, all concatenated to the width.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, z: Array, actions: Array, noised: Array, timestep: Array) -> Array:
+        """Args: z [..., D]; actions [..., H, C * A]; noised [..., H, D]; timestep [...] int.
+
+        Returns: velocity [..., H, D] (paper, Section 3).
+        """
+        config = self.config
+        horizon = noised.shape[-2]
+        marker_init = nn.initializers.normal(0.02)
+        condition_size = config.transformer_width - z.shape[-1]
+        target_size = (
+            config.transformer_width - config.timestep_dim - actions.shape[-1] - noised.shape[-1]
+        )
+        if target_size < 1:
+            raise ValueError(
+                f"transformer_width {config.transformer_width} is too small: a token holds the "
+                f"timestep ({config.timestep_dim}), an action chunk ({actions.shape[-1]}), a "
+                f"latent ({noised.shape[-1]}) and at least one marker value"
+            )
+        condition_marker = self.param("condition_marker", marker_init, (condition_size,))
+        target_markers = self.param("target_markers", marker_init, (horizon, target_size))
+        timestep_table = self.param(
+            "timestep_embedding",
+            nn.initializers.normal(1.0),
+            (config.diffusion_timesteps, config.timestep_dim),
+        )
+
+        lead = noised.shape[:-2]
+        tile = (*lead, horizon)
+        embedding = timestep_table[timestep][..., None, :]
+        tokens = jnp.concatenate(
+            [
+                jnp.broadcast_to(embedding, (*tile, config.timestep_dim)),
+                jnp.broadcast_to(target_markers, (*tile, target_size)),
+                jnp.broadcast_to(actions, (*tile, actions.shape[-1])),
+                noised,
+            ],
+            axis=-1,
+        )
+        condition = jnp.concatenate(
+            [
+                jnp.broadcast_to(z, (*lead, z.shape[-1])),
+                jnp.broadcast_to(condition_marker, (*lead, condition_size)),
+            ],
+            axis=-1,
+        )
+        x = jnp.concatenate([condition[..., None, :], tokens], axis=-2)
+        for i in range(config.transformer_depth):
+            x = Block(config.transformer_heads, config.transformer_hidden, name=f"block_{i}")(x)
+        x = layer_norm(use_bias=False, name="norm")(x[..., 1:, :])
+        return Linear(noised.shape[-1], use_bias=False, name="velocity")(x)

@@ -1,0 +1,71 @@
+"""The data that flows through the system.
+
+Shape legend, used in every docstring of this package:
+
+    B  batch                              H  horizon, in world-model steps (5)
+    N  CEM candidates (512)               C  chunk: environment steps a world-model step (3)
+    K  CEM elites (64)                    A  action size (3)
+    I  CEM iterations (10)                D  latent size (64)
+    T  diffusion timesteps (1000)         E  value heads (2)
+
+A chunk of actions is stored flat, ``[C * A]``. Rewards are per environment step; the discount is
+per environment step too, so one world-model step discounts by ``discount ** C``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Observation:
+    """What the agent sees. A modality that an environment lacks is ``None`` and costs nothing."""
+
+    image: Array | None = None  # [..., height, width, channels] uint8
+    vector: Array | None = None  # [..., vector_dim] float32
+
+
+@struct.dataclass
+class Batch:
+    """Training segments: H + 2 observations that are C environment steps apart."""
+
+    observations: Observation  # [B, H + 2, ...]
+    actions: Array  # [B, H + 1, C * A], in [-1, 1]
+    rewards: Array  # [B, H + 1, C]
+    terminals: Array  # [B, H + 1] float32, 1 where the episode terminated within the chunk
+
+
+@struct.dataclass
+class Draws:
+    """All the randomness of one update, so that the losses are deterministic functions of data."""
+
+    noise: Array  # [B, H, D] standard normal
+    timesteps: Array  # [B] int32, uniform on 0 .. T - 1
+    directions: Array  # [D, directions] unit columns
+
+
+@struct.dataclass
+class AgentState:
+    """Everything that an update changes."""
+
+    params: Params  # online networks: encoder, dynamics, reward, value
+    ema_params: Params  # exponential moving average of params
+    optimizer: Any  # optax state
+    step: Array  # [] int32, updates done
+    key: Array  # PRNG key; each update folds the step into it
+
+
+@struct.dataclass
+class Plan:
+    """What the planner answers."""
+
+    actions: Array  # [H * C, A] in [-1, 1], one row an environment step
+    predicted_return: Array  # [] discounted return that the model predicts for the sequence chosen
+    mean: Array  # [H * C, A] final CEM mean, before tanh
+    std: Array  # [H * C, A] final CEM standard deviation, before tanh

@@ -1,0 +1,82 @@
+"""One jitted update step: AgentState -> AgentState (paper, algorithm 1, lines 12 to 21)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from valdi_jax.config import Config
+from valdi_jax.losses import objective
+from valdi_jax.model import init_params
+from valdi_jax.sigreg import random_directions
+from valdi_jax.types import AgentState, Array, Batch, Draws, Observation
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam behind a global-norm clip (paper, Table 3)."""
+    learn = config.learn
+    return optax.chain(
+        optax.clip_by_global_norm(learn.max_grad_norm),
+        optax.adam(learn.learning_rate, b1=learn.adam_b1, b2=learn.adam_b2),
+    )
+
+
+def init_state(key: Array, observation: Observation, *, config: Config) -> AgentState:
+    """A fresh agent for observations like the example given."""
+    params_key, key = jax.random.split(key)
+    params = init_params(params_key, observation, config=config)
+    return AgentState(
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        optimizer=make_optimizer(config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
+    """The randomness of one update."""
+    noise_key, timestep_key, directions_key = jax.random.split(key, 3)
+    model = config.model
+    return Draws(
+        noise=jax.random.normal(noise_key, (batch_size, model.horizon, model.latent_dim)),
+        timesteps=jax.random.randint(timestep_key, (batch_size,), 0, model.diffusion_timesteps),
+        directions=random_directions(
+            directions_key, model.latent_dim, config.learn.sigreg_directions
+        ),
+    )
+
+
+def apply_update(
+    state: AgentState, batch: Batch, draws: Draws, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """The update with its randomness given as data."""
+    grads, metrics = jax.grad(objective, has_aux=True)(
+        state.params, state.ema_params, batch, draws, config=config
+    )
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
+    metrics["grad/norm"] = optax.tree.norm(grads)
+    state = state.replace(
+        params=params, ema_params=ema_params, optimizer=optimizer, step=state.step + 1
+    )
+    return state, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnums=(0,))
+def update(
+    state: AgentState, batch: Batch, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """One optimizer step, then the EMA. The state given is donated: use the one returned.
+
+    Returns:
+        The new state, and scalar metrics: every loss term, the gradient norm before clipping, the
+        mean value and the latents' standard deviation.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    draws = draw(key, batch.actions.shape[0], config=config)
+    return apply_update(state, batch, draws, config=config)

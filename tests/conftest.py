@@ -1,0 +1,81 @@
+"""Shared fixtures: the reference numbers, and configurations small enough to test on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from valdi_jax.config import PRESETS, Config
+from valdi_jax.convert import params_from_reference
+from valdi_jax.types import Batch, Draws, Observation
+
+PARITY = Path(__file__).parent / "parity"
+
+
+def reference_tensors(dynamics: str, prefix: str = "") -> dict[str, np.ndarray]:
+    """The reference's weights, rebuilt from their names (tests/parity/README.md)."""
+    shapes = json.loads((PARITY / f"{dynamics}_parameters.json").read_text())
+    return {name: reference_tensor(prefix + name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def reference_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    draws = np.random.RandomState(zlib.crc32(f"public:{name}".encode())).standard_normal(shape)
+    if name.endswith("bias"):
+        draws = 0.1 * draws
+    elif "marker" in name:
+        draws = 0.5 * draws
+    elif "diffusion_step_emb" in name:
+        pass
+    elif len(shape) == 1:
+        draws = 1 + 0.1 * draws
+    else:
+        draws = draws / np.sqrt(np.prod(shape[1:]))
+    return draws.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """One reference file with everything needed to reproduce it."""
+
+    config: Config
+    numbers: dict[str, np.ndarray]
+    params: dict
+    ema_params: dict
+    batch: Batch
+    draws: Draws
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.numbers[key]
+
+
+@pytest.fixture(scope="session", params=["diffusion", "mlp"])
+def parity(request) -> Parity:
+    config = dataclasses.replace(
+        PRESETS["paper"],
+        model=dataclasses.replace(PRESETS["paper"].model, dynamics=request.param),
+    )
+    with np.load(PARITY / f"official_{request.param}.npz", allow_pickle=False) as file:
+        numbers = dict(file)
+    batch = Batch(
+        observations=Observation(image=numbers["rgb"], vector=numbers["proprio"]),
+        actions=numbers["actions"],
+        rewards=numbers["rewards"],
+        terminals=np.zeros(numbers["actions"].shape[:2], np.float32),
+    )
+    draws = Draws(
+        noise=numbers.get("eps", np.zeros((4, 5, 64), np.float32)),
+        timesteps=numbers.get("step", np.zeros(4, np.int64)).astype(np.int32),
+        directions=numbers["slices"],
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        params, ema_params = (
+            params_from_reference(reference_tensors(request.param, prefix), config)
+            for prefix in ("", "target:")
+        )
+    return Parity(config, numbers, params, ema_params, batch, draws)
