@@ -7,10 +7,13 @@ hashable, so that a jitted function takes one as a static argument.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from valdi_jax.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -240,3 +243,103 @@ PRESETS: dict[str, Config] = {
         checkpoint=CheckpointConfig(every=3),
     ),
 }
+
+
+def validate(config: Config) -> None:
+    """Check what the types alone do not.
+
+    Raises:
+        UsageError: naming the first field that is out of range.
+    """
+    positive = {
+        "env": ("max_steps",),
+        "model": tuple(
+            f.name for f in dataclasses.fields(ModelConfig) if isinstance(f.default, int)
+        ),
+        "planner": ("candidates", "iterations", "diffusion_steps"),
+        "learn": ("batch_size", "learning_rate", "max_grad_norm", "sigreg_directions"),
+        "collect": ("episodes", "num_envs"),
+        "replay": ("capacity",),
+        "eval": ("tracks",),
+        "checkpoint": ("every", "keep"),
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if not value > 0:
+                raise UsageError(f"--{section}.{_dashed(name)} is {value}; it must be above 0")
+    rules = [
+        (
+            2 <= config.planner.elites <= config.planner.candidates,
+            f"--planner.elites is {config.planner.elites}; it must be between 2 and "
+            f"--planner.candidates ({config.planner.candidates})",
+        ),
+        (
+            config.planner.diffusion_steps <= config.model.diffusion_timesteps,
+            f"--planner.diffusion-steps is {config.planner.diffusion_steps}; it must be at most "
+            f"--model.diffusion-timesteps ({config.model.diffusion_timesteps})",
+        ),
+        (
+            0 < config.learn.discount <= 1,
+            f"--learn.discount is {config.learn.discount}; it must be above 0 and at most 1",
+        ),
+        (
+            0 <= config.learn.updates_per_step,
+            f"--learn.updates-per-step is {config.learn.updates_per_step}; "
+            "it must not be negative",
+        ),
+        (
+            config.eval.tracks <= 100,
+            f"--eval.tracks is {config.eval.tracks}; there are 100 fixed tracks",
+        ),
+        (
+            config.env.max_steps >= config.segment_steps,
+            f"--env.max-steps is {config.env.max_steps}; a training segment alone takes "
+            f"{config.segment_steps} environment steps",
+        ),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UsageError(sentence)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(data: Any, cls: type = Config, path: str = "") -> Any:
+    """A configuration from plain JSON data, strictly.
+
+    Raises:
+        UsageError: naming the first field that is unknown, missing or of another type.
+    """
+    if not isinstance(data, dict):
+        raise UsageError(f"{path or 'the configuration'} must be an object")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    missing = sorted(set(hints) - set(data))
+    if unknown or missing:
+        what, name = ("unknown", unknown[0]) if unknown else ("missing", missing[0])
+        raise UsageError(f"configuration field {path}{name} is {what}")
+    return cls(**{name: _parse(data[name], hints[name], path + name) for name in hints})
+
+
+def _parse(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint, path + ".")
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif hint == tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+            return tuple(value)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise UsageError(f"configuration field {path} cannot be {value!r}")

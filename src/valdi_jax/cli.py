@@ -1,0 +1,129 @@
+"""What the commands share: parsing, one-sentence errors, and stopping cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from valdi_jax.errors import UsageError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **settings: Any) -> T:
+    """Parse a command line into a dataclass.
+
+    Raises:
+        UsageError: with one sentence, and the nearest option where one was misspelt.
+        SystemExit: after printing ``--help``.
+    """
+    output = io.StringIO()
+    known = _options(cls)
+    for token in argv:
+        if token.startswith("--"):
+            name = token.split("=", 1)[0].replace("_", "-")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise UsageError(f"unknown option {name}: did you mean {near}?")
+    wants_help = "-h" in argv or "--help" in argv
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(output):
+            return tyro.cli(
+                cls,
+                args=list(argv),
+                compact_help=False,
+                **({} if default is None else {"default": default}),
+                **settings,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_sentence(output.getvalue())) from None
+
+
+def _options(cls: type, prefix: str = "--") -> set[str]:
+    """Every option that tyro makes of a dataclass, as it spells them."""
+    names = {"--help"}
+    hints = dataclasses.fields(cls)
+    for field in hints:
+        kind = _resolved(cls)[field.name]
+        name, absolute = field.name.replace("_", "-"), prefix
+        for mark in getattr(kind, "__metadata__", ()):
+            name = getattr(mark, "name", None) if getattr(mark, "name", None) is not None else name
+            if getattr(mark, "prefix_name", True) is False:
+                absolute = "--"
+        inner = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
+        if dataclasses.is_dataclass(inner):
+            names |= _options(inner, f"{prefix}{name}." if name else prefix)
+        else:
+            names.add(absolute + name)
+            if inner is bool:
+                names.add(f"{absolute}no-{name}")
+    return names
+
+
+def _resolved(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _sentence(message: str) -> str:
+    """The first paragraph of a boxed message, on one line."""
+    lines = [line.strip("│ \n") for line in message.splitlines()]
+    body = [line for line in lines if line and line[0] not in "╭╰"]
+    first = "".join(f"{line} " if not re.fullmatch("─+", line) else "\n" for line in body)
+    return first.split("\n")[0].strip() or "cannot read the command line"
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run a command: a usage error becomes one sentence and exit status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM was received, and the work has reached a place where it can stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Turn SIGINT and SIGTERM into an `Interrupted` at the next call of the function yielded.
+
+    A second signal interrupts at once.
+    """
+    received: list[int] = []
+
+    def handle(signum, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    def check() -> None:
+        if received:
+            raise Interrupted(received[0])
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,173 @@
+"""Planner x environments -> episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax.config import CollectConfig, Config
+from valdi_jax.envs.workers import Pool
+from valdi_jax.planner import plan
+from valdi_jax.replay import Episode
+from valdi_jax.types import Array, Observation, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An episode to be driven."""
+
+    seed: int  # to reset the environment with
+    key: Array  # of the episode; each decision folds its number into it
+
+
+@dataclasses.dataclass
+class Driven:
+    """A finished episode and how it came about."""
+
+    episode: Episode
+    predicted_return: float  # mean over the decisions of what the planner expected
+    plan_ms: float  # wall time of one planner call, mean over the decisions
+    env_ms: float  # wall time of one chunk of environment steps, mean over the decisions
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def plan_batch(
+    params: Params,
+    observations: Observation,
+    keys: Array,
+    decisions: Array,
+    noise_std: Array,
+    *,
+    config: Config,
+) -> tuple[Array, Array]:
+    """Plan for a batch of environments in one call.
+
+    Args:
+        params: parameters of all networks.
+        observations: [B, ...].
+        keys: [B] keys of the episodes.
+        decisions: [B] int32, the number of each decision within its episode.
+        noise_std: [] exploration noise.
+        config: the run's configuration.
+
+    Returns: first chunks [B, C, A], predicted returns [B].
+    """
+
+    def one(observation, key, decision):
+        key = jax.random.fold_in(key, decision)
+        return plan(params, observation, key, config=config, noise_std=noise_std)
+
+    plans = jax.vmap(one)(observations, keys, decisions)
+    return plans.actions[:, : config.model.chunk], plans.predicted_return
+
+
+def exploration_noise(episode: int, config: CollectConfig) -> float:
+    """Standard deviation of the exploration noise for an episode: held, then falling linearly."""
+    progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    return config.noise_start + progress * (config.noise_end - config.noise_start)
+
+
+def drive(
+    params: Params,
+    pool: Pool,
+    jobs: Iterable[Job],
+    *,
+    config: Config,
+    noise_std: float = 0.0,
+    on_decision: Callable[[], None] = lambda: None,
+) -> list[Driven]:
+    """Drive an episode for every job, the planner batched over the environments of the pool.
+
+    An environment that is done takes the next job. With none left it idles while the others
+    finish; its place in the planner's batch is computed in vain, so that nothing compiles twice.
+
+    Args:
+        params: parameters to plan with.
+        pool: the environments.
+        jobs: what to drive.
+        config: the run's configuration.
+        noise_std: exploration noise.
+        on_decision: called before every planner call; what it raises ends the drive.
+
+    Returns: the episodes in the order of the jobs.
+    """
+    jobs = list(jobs)
+    waiting = list(enumerate(jobs))[::-1]
+    finished: dict[int, Driven] = {}
+    slots: dict[int, _Slot] = {}
+    while True:
+        free = [index for index in range(pool.size) if index not in slots]
+        starting = {index: waiting.pop() for index in free if waiting}
+        firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
+        for index, (number, job) in starting.items():
+            slots[index] = _Slot(number, job, [firsts[index]])
+        if not slots:
+            return [finished[number] for number in range(len(jobs))]
+
+        on_decision()
+        idle = next(iter(slots))
+        batch = [slots.get(index, slots[idle]) for index in range(pool.size)]
+        start = time.perf_counter()
+        actions, predicted = plan_batch(
+            params,
+            jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
+            jnp.stack([slot.job.key for slot in batch]),
+            np.array([slot.decisions for slot in batch], np.int32),
+            np.float32(noise_std),
+            config=config,
+        )
+        actions, predicted = np.asarray(actions), np.asarray(predicted)
+        planned = time.perf_counter()
+        answers = pool.step({index: actions[index] for index in slots})
+        stepped = time.perf_counter()
+
+        for index, steps in answers.items():
+            slot = slots[index]
+            slot.observations += steps.observations
+            slot.actions.append(actions[index, : len(steps.rewards)])
+            slot.rewards += steps.rewards
+            slot.decisions += 1
+            slot.predicted += float(predicted[index])
+            slot.plan_seconds += planned - start
+            slot.env_seconds += stepped - planned
+            if steps.terminated or steps.truncated:
+                finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
+                del slots[index]
+
+
+@dataclasses.dataclass
+class _Slot:
+    """An episode under way in one environment."""
+
+    number: int
+    job: Job
+    observations: list[Observation]
+    actions: list[np.ndarray] = dataclasses.field(default_factory=list)
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    decisions: int = 0
+    predicted: float = 0.0
+    plan_seconds: float = 0.0
+    env_seconds: float = 0.0
+
+    def finish(self, terminated: bool, truncated: bool) -> Driven:
+        episode = Episode(
+            observations=jax.tree.map(lambda *x: np.stack(x), *self.observations),
+            actions=np.concatenate(self.actions),
+            rewards=np.array(self.rewards, np.float32),
+            terminated=terminated,
+            truncated=truncated,
+            seed=self.job.seed,
+        )
+        return Driven(
+            episode,
+            predicted_return=self.predicted / self.decisions,
+            plan_ms=1e3 * self.plan_seconds / self.decisions,
+            env_ms=1e3 * self.env_seconds / self.decisions,
+        )

@@ -1,0 +1,62 @@
+"""CarRacing-v3 with vision and proprioception apart (paper, Supp. E).
+
+The bar at the bottom of the frame shows speed, ABS sensors, steering and gyroscope. They are read
+off as a vector, and the bar is blacked out.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+
+_BAR = slice(84, 96)  # rows of the bar
+_METERS = slice(84, 94)  # rows of its vertical meters
+_NEEDLES = 88  # row that crosses both horizontal meters
+_RED, _GREEN, _BLUE = range(3)
+
+
+def read_proprio(frame: np.ndarray) -> np.ndarray:
+    """Speed, four ABS sensors, steering and gyroscope [7] float32 from a raw frame [96, 96, 3]."""
+    frame = frame.astype(np.float64) / 255
+    speed = frame[_METERS, 12, _RED].sum() / 5
+    abs_sensors = frame[_METERS, 18:25:2, _BLUE].sum(axis=0) / 5
+    # Either needle grows to the left or to the right of its centre.
+    steering = frame[_NEEDLES, 38:58, _GREEN] / 10
+    gyroscope = frame[_NEEDLES, 58:86, _RED] / 5
+    steering = steering[10:].sum() - steering[:10].sum()
+    gyroscope = gyroscope[14:].sum() - gyroscope[:14].sum()
+    return np.array([speed, *abs_sensors, steering, gyroscope], np.float32)
+
+
+def mask_bar(frame: np.ndarray) -> np.ndarray:
+    """The frame with the bar blacked out."""
+    frame = frame.copy()
+    frame[_BAR] = 0
+    return frame
+
+
+class SplitBar(gym.ObservationWrapper):
+    """Frame [96, 96, 3] -> dict of ``image``, the frame without its bar, and ``vector`` [7]."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Dict(
+            image=gym.spaces.Box(0, 255, (96, 96, 3), np.uint8),
+            vector=gym.spaces.Box(-np.inf, np.inf, (7,), np.float32),
+        )
+        # The planner's tanh output is the action: the car itself clips gas and brake at 0.
+        self.action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+    def observation(self, observation):
+        return {"image": mask_bar(observation), "vector": read_proprio(observation)}
+
+
+def make_carracing(*, max_steps: int, render_mode: str | None = None) -> gym.Env:
+    """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps."""
+    env = gym.make(
+        "CarRacing-v3",
+        render_mode=render_mode,
+        max_episode_steps=max_steps,
+        disable_env_checker=True,  # it insists on gas and brake in [0, 1]
+    )
+    return SplitBar(env)

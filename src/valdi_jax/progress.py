@@ -1,0 +1,145 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the live display."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from valdi_jax.errors import UsageError
+
+
+class RunLog:
+    """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``, and to TensorBoard.
+
+    Each line is on disk before the call returns. Lines beyond ``episodes`` are dropped at the
+    start: a run that resumes from an older checkpoint drives those episodes again.
+    """
+
+    def __init__(self, run_dir: Path, *, episodes: int):
+        self._files = {}
+        for name in ("metrics", "evaluations"):
+            path = run_dir / f"{name}.jsonl"
+            _truncate(path, episodes)
+            self._files[name] = open(path, "a")
+        # purge_step makes TensorBoard itself drop what a resumed run writes again.
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=episodes or None)
+
+    def episode(self, record: dict[str, Any]) -> None:
+        """One finished training episode."""
+        self._write("metrics", record)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """One evaluation on the fixed tracks."""
+        self._write("evaluations", record)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        file = self._files[name]
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        for key, value in record.items():
+            if "/" in key and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(key, value, record["episode"])
+
+    def close(self) -> None:
+        """Flush everything."""
+        for file in self._files.values():
+            file.close()
+        self._tensorboard.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def _truncate(path: Path, episodes: int) -> None:
+    kept = [r for r in read_jsonl(path) if r["episode"] < episodes]
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+class Display:
+    """Live table on a terminal; a line an episode where the output is not one."""
+
+    def __init__(self, console: Console, total: int, done: int, returns: list[float]):
+        self._console = console
+        self._total = total
+        self._first = self._done = done
+        self._returns = deque(returns, maxlen=20)
+        self._start = time.monotonic()
+        self._record: dict[str, Any] = {}
+        self._phase = "starting"
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        """What the run is doing now."""
+        self._phase = text
+
+    def say(self, text: str) -> None:
+        """Print a line above the table."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def episode(self, record: dict[str, Any]) -> None:
+        """A finished episode's metrics."""
+        self._record = record
+        self._done += 1
+        self._returns.append(record["episode/return"])
+        if not self._console.is_terminal:
+            self.say("  ".join(f"{name} {value}" for name, value in self._columns()))
+
+    def _columns(self) -> list[tuple[str, str]]:
+        record = self._record
+        mean = sum(self._returns) / max(len(self._returns), 1)
+        elapsed = time.monotonic() - self._start
+        eta = (self._total - self._done) * elapsed / max(self._done - self._first, 1)
+
+        def number(key: str, form: str) -> str:
+            return format(record[key], form) if key in record else "-"
+
+        return [
+            ("episode", f"{self._done}/{self._total}"),
+            ("return", number("episode/return", ".1f")),
+            ("mean of 20", f"{mean:.1f}"),
+            ("steps", number("episode/length", "d")),
+            ("plan ms", number("time/plan_ms", ".0f")),
+            ("update ms", number("time/update_ms", ".0f")),
+            ("loss", number("loss/total", ".3f")),
+            ("left", time.strftime("%H:%M:%S", time.gmtime(eta)) if eta < 86400 else
+             f"{eta / 86400:.1f} days"),
+        ]
+
+    def _table(self) -> Table:
+        columns = self._columns() if self._record else [("episode", f"{self._done}/{self._total}")]
+        table = Table(*(name for name, _ in columns), caption=self._phase)
+        table.add_row(*(value for _, value in columns))
+        return table

@@ -1,0 +1,343 @@
+"""Train an agent: ``python -m valdi_jax.train --env carracing``."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from valdi_jax import checkpoint, cli
+from valdi_jax.checkpoint import Progress
+from valdi_jax.collect import Job, drive, exploration_noise
+from valdi_jax.config import PRESETS, Config, EnvConfig, to_dict, validate
+from valdi_jax.envs import evaluation_seeds, make_env
+from valdi_jax.envs.workers import Pool, make_pool
+from valdi_jax.errors import UsageError
+from valdi_jax.progress import Display, RunLog, read_jsonl
+from valdi_jax.replay import Replay
+from valdi_jax.types import AgentState, Observation
+from valdi_jax.update import init_state, update
+
+# What may differ between a run and its continuation: how long it goes on and what it reports.
+_CHANGEABLE = ("collect.episodes", "eval.", "checkpoint.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of the training command."""
+
+    preset: str = "paper"
+    """Defaults to start from: paper (every value of the paper's Table 3), cpu (what two cores can
+    learn with in an hour or two), tiny (a smoke run of about a minute)."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory of the run; a new one under runs/ if not given."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Run directory to continue from its last checkpoint."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    make: Callable[[EnvConfig], gym.Env] = functools.partial(make_env, training=True),
+    console: Console | None = None,
+) -> AgentState:
+    """Collect and learn until ``config.collect.episodes`` episodes have been driven.
+
+    Args:
+        config: the run's configuration.
+        run_dir: where it is kept (see `checkpoint`).
+        resume: go on from the last checkpoint rather than start a run.
+        make: makes a training environment; it must pickle if there are several.
+        console: where progress is shown.
+
+    Returns: the trained agent.
+
+    Raises:
+        UsageError: if the directory cannot serve, or the configuration is not valid.
+        cli.Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    validate(config)
+    console = console or Console()
+    factory = functools.partial(make, config.env)
+    example = example_observation(factory)
+    if resume:
+        state, progress = checkpoint.load(checkpoint.latest(run_dir), example, config)
+    else:
+        checkpoint.create_run(run_dir, config)
+        state, progress = init_state(jax.random.key(config.seed), example, config=config), None
+    run = _Run(config, run_dir, state, progress or Progress(), factory, console)
+    run.go()
+    return run.state
+
+
+def example_observation(factory: Callable[[], gym.Env]) -> Observation:
+    """An all-zero observation of an environment."""
+    env = factory()
+    space = env.observation_space
+    env.close()
+    return Observation(**{name: np.zeros(box.shape, box.dtype) for name, box in space.items()})
+
+
+class _Run:
+    """The state of a training run between its steps."""
+
+    def __init__(self, config, run_dir, state, progress, factory, console):
+        self.config: Config = config
+        self.run_dir: Path = run_dir
+        self.state: AgentState = state
+        self.progress: Progress = progress
+        self.factory = factory
+        self.console: Console = console
+        self.updates = int(state.step)
+        self.key = jax.random.key(config.seed)
+
+    def go(self) -> None:
+        """Run to the end, or to an interrupt; write a checkpoint either way."""
+        config, run_dir = self.config, self.run_dir
+        self.replay = Replay(config)
+        first = max(0, self.progress.episodes - config.replay.capacity)
+        for number in range(first, self.progress.episodes):
+            self.replay.add(checkpoint.load_episode(run_dir, number))
+        self.log = RunLog(run_dir, episodes=self.progress.episodes)
+        returns = [r["episode/return"] for r in read_jsonl(run_dir / "metrics.jsonl")[-20:]]
+        self.display = Display(
+            self.console, config.collect.episodes, self.progress.episodes, returns
+        )
+        self.display.say(f"run directory: {run_dir}")
+        self.pool: Pool = make_pool(self.factory, config.collect.num_envs)
+        self.clock = time.monotonic() - self.progress.seconds
+        try:
+            with cli.interruptible() as check, self.display:
+                self.check = check
+                try:
+                    while self.progress.episodes < config.collect.episodes:
+                        self.round()
+                except cli.Interrupted as interrupt:
+                    self.save()
+                    self.display.say(
+                        f"{interrupt}: saved; continue with --resume {run_dir}"
+                    )
+                    raise
+                self.save()
+        finally:
+            self.pool.close()
+            self.log.close()
+
+    def round(self) -> None:
+        """Collect an episode in every environment, learn from them, report."""
+        config, before = self.config, self.progress.episodes
+        count = min(config.collect.num_envs, config.collect.episodes - before)
+        numbers = range(before, before + count)
+        noise_std = exploration_noise(before, config.collect)
+        self.display.phase("driving")
+        driven = drive(
+            self.state.params,
+            self.pool,
+            [self.job(number) for number in numbers],
+            config=config,
+            noise_std=noise_std,
+            on_decision=self.check,
+        )
+        for number, result in zip(numbers, driven, strict=True):
+            self.replay.add(result.episode)
+            checkpoint.save_episode(self.run_dir, number, result.episode)
+        steps = sum(len(result.episode) for result in driven)
+        learned_from = sum(
+            len(result.episode)
+            for number, result in zip(numbers, driven, strict=True)
+            if number >= config.collect.seed_episodes
+        )
+        progress = dataclasses.replace(
+            self.progress,
+            episodes=before + count,
+            env_steps=self.progress.env_steps + steps,
+            learning_steps=self.progress.learning_steps + learned_from,
+        )
+        learning = self.learn(progress.learning_steps)
+        self.progress = dataclasses.replace(progress, seconds=time.monotonic() - self.clock)
+        for number, result in zip(numbers, driven, strict=True):
+            record = {
+                "episode": number,
+                "episode/return": result.episode.episode_return,
+                "episode/length": len(result.episode),
+                "episode/terminated": result.episode.terminated,
+                "episode/seed": result.episode.seed,
+                "plan/predicted_return": result.predicted_return,
+                "plan/noise_std": noise_std,
+                "time/plan_ms": result.plan_ms,
+                "time/env_ms": result.env_ms,
+                "time/seconds": self.progress.seconds,
+                "total/env_steps": self.progress.env_steps,
+                "total/updates": self.updates,
+                **learning,
+            }
+            self.log.episode(record)
+            self.display.episode(record)
+        if before == 0:
+            self.say_cost(driven[-1].plan_ms)
+        if _crossed(config.eval.every, before, self.progress.episodes):
+            self.evaluate()
+        if _crossed(config.checkpoint.every, before, self.progress.episodes):
+            self.save()
+
+    def job(self, number: int) -> Job:
+        """Training episode ``number``: its seed and key follow from the run's seed alone."""
+        seed = np.random.default_rng([self.config.seed, number]).integers(2**31 - 1)
+        return Job(int(seed), jax.random.fold_in(self.key, number))
+
+    def learn(self, learning_steps: int) -> dict[str, float]:
+        """Catch up with the update-to-data ratio; the mean of each metric over these updates."""
+        config = self.config
+        owed = int(learning_steps * config.learn.updates_per_step) - self.updates
+        if owed <= 0 or not self.replay.ready:
+            return {}
+        self.display.phase(f"learning: {owed} updates")
+        start = time.perf_counter()
+        metrics = []
+        for _ in range(owed):
+            self.check()
+            rng = np.random.default_rng([self.config.seed, 1, self.updates])
+            batch = self.replay.sample(rng, config.learn.batch_size)
+            # The next batch is drawn while the device works, but only one ahead.
+            jax.block_until_ready(metrics[-1:])
+            self.state, values = update(self.state, batch, config=config)
+            self.updates += 1
+            metrics.append(values)
+        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        means["time/update_ms"] = 1e3 * (time.perf_counter() - start) / owed
+        return means
+
+    def evaluate(self) -> None:
+        """Drive fixed tracks without exploration noise."""
+        config = self.config
+        self.display.phase(f"evaluating on {config.eval.tracks} tracks")
+        pool = make_pool(
+            functools.partial(make_env, config.env, training=False), config.collect.num_envs
+        )
+        try:
+            driven = drive(
+                self.state.params,
+                pool,
+                [Job(seed, jax.random.fold_in(self.key, seed)) for seed in
+                 evaluation_seeds(config.eval.tracks)],
+                config=config,
+                on_decision=self.check,
+            )
+        finally:
+            pool.close()
+        returns = [result.episode.episode_return for result in driven]
+        self.log.evaluation(
+            {
+                "episode": self.progress.episodes - 1,
+                "eval/return": float(np.mean(returns)),
+                "eval/length": float(np.mean([len(result.episode) for result in driven])),
+                "returns": returns,
+            }
+        )
+        self.display.say(
+            f"evaluation after {self.progress.episodes} episodes: mean return "
+            f"{np.mean(returns):.1f} on {len(returns)} tracks"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint and drop the episodes that left the replay."""
+        self.display.phase("saving")
+        checkpoint.save(self.run_dir, self.state, self.progress, keep=self.config.checkpoint.keep)
+        oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self.config.replay.capacity
+        checkpoint.prune_episodes(self.run_dir, before=oldest)
+
+    def say_cost(self, plan_ms: float) -> None:
+        """Say what a decision costs where the paper's sizes meet a CPU."""
+        heavy = self.config.planner.candidates * self.config.planner.iterations >= 2000
+        if heavy and jax.default_backend() == "cpu":
+            self.display.say(
+                f"note: a decision costs {plan_ms / 1e3:.1f} s on this CPU; "
+                "--preset cpu is sized for it"
+            )
+
+
+def _crossed(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, after]."""
+    return every > 0 and after // every > before // every
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The command line, on top of the preset or of the run that it continues.
+
+    Raises:
+        UsageError: if it cannot be understood.
+    """
+    chosen = _value_of("--preset", argv)
+    resumed = _value_of("--resume", argv)
+    if chosen is not None and chosen not in PRESETS:
+        raise UsageError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
+    if chosen is not None and resumed is not None:
+        raise UsageError("--preset and --resume exclude each other: a run keeps its settings")
+    base = checkpoint.load_config(Path(resumed)) if resumed else PRESETS[chosen or "paper"]
+    arguments = cli.parse(
+        Arguments,
+        argv,
+        default=Arguments(config=base),
+        prog="python -m valdi_jax.train",
+        description="Train a Valdi agent.",
+    )
+    if resumed:
+        if arguments.run_dir:
+            raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
+        for name, old, new in _differences(to_dict(base), to_dict(arguments.config)):
+            if not name.startswith(_CHANGEABLE):
+                raise UsageError(
+                    f"cannot resume with another {name}: the run has {old}, not {new}"
+                )
+    return arguments
+
+
+def _value_of(option: str, argv: Sequence[str]) -> str | None:
+    """The value given to an option that decides the defaults of all others."""
+    for token, following in zip(argv, [*argv[1:], None], strict=True):
+        if token.replace("_", "-") == option:
+            return following
+        if token.replace("_", "-").startswith(option + "="):
+            return token.split("=", 1)[1]
+    return None
+
+
+def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object, object]]:
+    for name in old:
+        if isinstance(old[name], dict):
+            yield from _differences(old[name], new[name], f"{path}{name}.")
+        elif old[name] != new[name]:
+            yield path + name, old[name], new[name]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    arguments = parse_arguments(argv)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = (
+        arguments.resume
+        or arguments.run_dir
+        or Path("runs") / f"{arguments.config.env.name}-{stamp}"
+    )
+    try:
+        train(arguments.config, run_dir, resume=arguments.resume is not None)
+    except cli.Interrupted:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
