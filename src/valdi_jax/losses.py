@@ -50,7 +50,7 @@ def objective(
 
     def encode_following(params: Params, steps: int) -> Array:
         observations = jax.tree.map(lambda x: x[:, :steps], following)
-        return jax.lax.stop_gradient(model.encode(params, observations, config=config))
+        return model.encode_targets(params, observations, config=config)
 
     if learn.td_encoder == "ema":  # one set of passes serves both
         next_latents = encode_following(ema_params, horizon + 1)

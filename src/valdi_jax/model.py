@@ -11,7 +11,9 @@ from valdi_jax.encoder import Encoder
 from valdi_jax.heads import RewardHead, ValueHeads
 from valdi_jax.types import Array, Observation, Params
 
-__all__ = ["encode", "imagine", "init_params", "parameter_count", "reward", "value", "values"]
+__all__ = ["encode", "encode_targets", "imagine", "init_params", "parameter_count", "reward", "value", "values"]
+
+_ENCODER_TILE = 64  # observations encoded at once on a CPU
 
 
 def init_params(key: Array, observation: Observation, *, config: Config) -> Params:
@@ -42,6 +44,25 @@ def parameter_count(params: Params) -> int:
 def encode(params: Params, observation: Observation, *, config: Config) -> Array:
     """Latent [..., D] of an observation [..., ]."""
     return Encoder(config.model).apply({"params": params["encoder"]}, observation)
+
+
+def encode_targets(params: Params, observation: Observation, *, config: Config) -> Array:
+    """Latents [B, steps, D] of observations [B, steps, ...], cut off from the gradient."""
+    params = jax.lax.stop_gradient(params)
+    lead = observation.lead
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observation)
+
+    def apply(observation: Observation) -> Array:
+        return encode(params, observation, config=config)
+
+    latents = jax.lax.platform_dependent(
+        flat,
+        # A tile's activations stay in the cache: 1.7 times as fast as all at once. Not for passes
+        # with gradient: within a loop XLA's CPU convolution gradients are many times slower.
+        cpu=lambda flat: jax.lax.map(apply, flat, batch_size=_ENCODER_TILE),
+        default=apply,
+    )
+    return latents.reshape(*lead, -1)
 
 
 def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:

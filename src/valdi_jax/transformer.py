@@ -11,17 +11,6 @@ from valdi_jax.layers import Linear, gelu, layer_norm
 from valdi_jax.types import Array
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
-    """Bidirectional attention over a handful of tokens, [..., tokens, heads, size] each.
-
-    Written as broadcast products and sums: with 6 tokens the two batched matrix products are so
-    small that a general matrix kernel is twice as slow on a CPU (docs/performance.md).
-    """
-    scores = jnp.sum(q[..., :, None, :, :] * k[..., None, :, :, :], axis=-1) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(scores, axis=-2)  # [..., query, key, heads], over the keys
-    return jnp.sum(weights[..., None] * v[..., None, :, :, :], axis=-3)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block without biases: [..., tokens, width] -> the same."""
 
@@ -38,7 +27,7 @@ class Block(nn.Module):
             part.reshape(*lead, self.heads, width // self.heads)
             for part in jnp.split(h, 3, axis=-1)
         )
-        h = attention(q, k, v).reshape(*lead, width)
+        h = jax.nn.dot_product_attention(q, k, v).reshape(*lead, width)
         x = x + Linear(width, use_bias=False, name="projection")(h)
         h = layer_norm(use_bias=False, name="mlp_norm")(x)
         h = Linear(self.hidden, use_bias=False, name="mlp_in")(h)

@@ -30,6 +30,11 @@ class Observation:
     image: Array | None = None  # [..., height, width, channels] uint8
     vector: Array | None = None  # [..., vector_dim] float32
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes, which both modalities share."""
+        return self.vector.shape[:-1] if self.image is None else self.image.shape[:-3]
+
 
 @struct.dataclass
 class Batch:
