@@ -55,7 +55,7 @@ def create_run(run_dir: Path, config: Config) -> None:
         raise UsageError(f"{run_dir} already holds a run: continue it with --resume {run_dir}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(run_dir / "config.json", to_dict(config))
+        write_json(run_dir / "config.json", to_dict(config))
     except OSError as error:
         raise UsageError(f"cannot write to {run_dir}: {error.strerror}") from error
 
@@ -86,7 +86,7 @@ def save(run_dir: Path, state: AgentState, progress: Progress, *, keep: int) -> 
     partial.mkdir(parents=True)
     _save_tree(partial / "params", state.params)
     _save_tree(partial / "training", _training_tree(state))
-    _write_json(partial / "progress.json", dataclasses.asdict(progress))
+    write_json(partial / "progress.json", dataclasses.asdict(progress))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in checkpoints(run_dir)[:-keep]:
@@ -98,7 +98,7 @@ def save_params(run_dir: Path, params: Params) -> Path:
     """Write a checkpoint that can be driven with but not trained on."""
     final = run_dir / "checkpoints" / "00000000"
     _save_tree(final / "params", params)
-    _write_json(final / "progress.json", dataclasses.asdict(Progress()))
+    write_json(final / "progress.json", dataclasses.asdict(Progress()))
     return final
 
 
@@ -260,7 +260,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, complete or not at all."""
     partial = path.with_suffix(".partial")
     with open(partial, "w") as file:
         file.write(json.dumps(data, indent=2) + "\n")

@@ -20,9 +20,10 @@ from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
 from valdi_jax.collect import Job, drive, exploration_noise
 from valdi_jax.config import PRESETS, Config, EnvConfig, to_dict, validate
-from valdi_jax.envs import evaluation_seeds, make_env
+from valdi_jax.envs import example_observation, make_env
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import UsageError
+from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
 from valdi_jax.types import AgentState, Observation
@@ -81,14 +82,6 @@ def train(
     run = _Run(config, run_dir, state, progress or Progress(), factory, console)
     run.go()
     return run.state
-
-
-def example_observation(factory: Callable[[], gym.Env]) -> Observation:
-    """An all-zero observation of an environment."""
-    env = factory()
-    space = env.observation_space
-    env.close()
-    return Observation(**{name: np.zeros(box.shape, box.dtype) for name, box in space.items()})
 
 
 class _Run:
@@ -224,20 +217,13 @@ class _Run:
         """Drive fixed tracks without exploration noise."""
         config = self.config
         self.display.phase(f"evaluating on {config.eval.tracks} tracks")
-        pool = make_pool(
-            functools.partial(make_env, config.env, training=False), config.collect.num_envs
+        driven = evaluate(
+            self.state.params,
+            config,
+            tracks=config.eval.tracks,
+            num_envs=config.collect.num_envs,
+            on_decision=self.check,
         )
-        try:
-            driven = drive(
-                self.state.params,
-                pool,
-                [Job(seed, jax.random.fold_in(self.key, seed)) for seed in
-                 evaluation_seeds(config.eval.tracks)],
-                config=config,
-                on_decision=self.check,
-            )
-        finally:
-            pool.close()
         returns = [result.episode.episode_return for result in driven]
         self.log.evaluation(
             {

@@ -11,6 +11,7 @@ import numpy as np
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.errors import UsageError
+from valdi_jax.types import Observation
 
 _FACTORIES: dict[str, Callable[..., gym.Env]] = {"carracing": make_carracing}
 
@@ -54,6 +55,14 @@ class Patience(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._unrewarded = 0 if reward > 0 else self._unrewarded + 1
         return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
+
+
+def example_observation(factory: Callable[[], gym.Env]) -> Observation:
+    """An all-zero observation of an environment."""
+    env = factory()
+    space = env.observation_space
+    env.close()
+    return Observation(**{name: np.zeros(box.shape, box.dtype) for name, box in space.items()})
 
 
 def evaluation_seeds(count: int) -> list[int]:

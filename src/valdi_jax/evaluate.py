@@ -1,0 +1,225 @@
+"""Drive a trained agent on the fixed tracks: ``python -m valdi_jax.evaluate RUN``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from gymnasium.wrappers import RenderCollection
+from rich.console import Console
+from rich.progress import Progress as ProgressBar
+
+from valdi_jax import checkpoint, cli
+from valdi_jax.collect import Driven, Job, drive
+from valdi_jax.config import Config, PlannerConfig, validate
+from valdi_jax.envs import evaluation_seeds, example_observation, make_env
+from valdi_jax.envs.workers import LocalPool, make_pool
+from valdi_jax.errors import UsageError
+from valdi_jax.types import Params
+
+_FRAMES_PER_SECOND = 50  # of CarRacing
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of the evaluation command."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory; its last checkpoint is driven."""
+    tracks: int = 100
+    """How many of the 100 fixed tracks to drive."""
+    diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
+    """DDIM steps to evaluate with, one evaluation for each (e.g. 1 2 4 8); by default the run's."""
+    num_envs: int = 1
+    """Environments driven in parallel."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write every episode's seed, return and length to this file."""
+    video: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Record a drive on the first track (.gif or .mp4)."""
+    planner: PlannerConfig = dataclasses.field(default_factory=PlannerConfig)
+
+
+def evaluate(
+    params: Params,
+    config: Config,
+    *,
+    tracks: int = 100,
+    num_envs: int = 1,
+    on_decision=lambda: None,
+) -> list[Driven]:
+    """Drive the first of the fixed tracks without exploration noise.
+
+    The planner's keys follow from the track's seed, so the same parameters drive the same way.
+
+    Args:
+        params: parameters of all networks.
+        config: the run's configuration.
+        tracks: how many, 1 .. 100.
+        num_envs: environments driven in parallel.
+        on_decision: called before every planner call.
+
+    Returns: one result a track, in order.
+    """
+    pool = make_pool(functools.partial(make_env, config.env, training=False), num_envs)
+    key = jax.random.key(0)
+    jobs = [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(tracks)]
+    try:
+        return drive(params, pool, jobs, config=config, on_decision=on_decision)
+    finally:
+        pool.close()
+
+
+def summary(returns: Sequence[float]) -> dict[str, float]:
+    """Mean, its standard error, median and interquartile mean."""
+    ordered = np.sort(np.asarray(returns, np.float64))
+    count = len(ordered)
+    quarter = count // 4
+    error = ordered.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    return {
+        "mean": float(ordered.mean()),
+        "standard_error": float(error),
+        "median": float(np.median(ordered)),
+        "interquartile_mean": float(ordered[quarter : count - quarter].mean()),
+    }
+
+
+def record_video(params: Params, config: Config, path: Path) -> Driven:
+    """Record a drive on the first fixed track.
+
+    Raises:
+        UsageError: if the file cannot be written, or the optional dependency is missing.
+    """
+    write = _video_writer(path)
+    env = make_env(config.env, training=False, render_mode="rgb_array")
+    env = RenderCollection(env, pop_frames=False, reset_clean=False)
+    pool = LocalPool(lambda: env)
+    job = Job(evaluation_seeds(1)[0], jax.random.key(0))
+    (driven,) = drive(params, pool, [job], config=config)
+    write(env.render())
+    pool.close()
+    return driven
+
+
+def _video_writer(path: Path):
+    """A function that writes frames to ``path``, checked before anything is driven."""
+    if path.suffix not in (".gif", ".mp4"):
+        raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no directory {path.parent}")
+    try:
+        import imageio.v3 as imageio
+    except ImportError:
+        raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
+
+    def write(frames: list[np.ndarray]) -> None:
+        if path.suffix == ".gif":  # every fourth frame, at a third of the size, is small enough
+            frames = [frame[::2, ::2] for frame in frames[::4]]
+            imageio.imwrite(path, frames, duration=4000 / _FRAMES_PER_SECOND, loop=0)
+        else:
+            imageio.imwrite(path, np.stack(frames), fps=_FRAMES_PER_SECOND, plugin="FFMPEG")
+
+    return write
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
+    """The command line, and the run's configuration with the planner that it asks for.
+
+    Raises:
+        UsageError: if it cannot be understood, or RUN is not a run directory.
+    """
+    parse = functools.partial(
+        cli.parse,
+        Arguments,
+        argv,
+        prog="python -m valdi_jax.evaluate",
+        description="Drive a trained agent on the fixed tracks.",
+    )
+    # The run is known only after a first reading; its planner is the default of the second.
+    config = checkpoint.load_config(parse(default=Arguments(run=tyro.MISSING)).run)
+    arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
+    config = dataclasses.replace(config, planner=arguments.planner)
+    if arguments.diffusion_steps and config.model.dynamics == "mlp":
+        raise UsageError("--diffusion-steps: the MLP dynamics of this run has no diffusion")
+    if arguments.num_envs < 1:
+        raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")
+    evaluation_seeds(arguments.tracks)
+    return arguments, config
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    arguments, config = parse_arguments(argv)
+    configs = [
+        dataclasses.replace(
+            config, planner=dataclasses.replace(config.planner, diffusion_steps=steps)
+        )
+        for steps in arguments.diffusion_steps or (config.planner.diffusion_steps,)
+    ]
+    for each in configs:
+        validate(each)
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UsageError(f"cannot write {arguments.json}: there is no such directory")
+    example = example_observation(functools.partial(make_env, config.env, training=False))
+    found = checkpoint.latest(arguments.run)
+    params = checkpoint.load_params(found, example, config)
+
+    if arguments.video:
+        driven = record_video(params, config, arguments.video)
+        print(f"{arguments.video}: a drive with return {driven.episode.episode_return:.1f}")
+
+    results = []
+    console = Console(stderr=True)
+    print(f"{found}, {arguments.tracks} tracks")
+    print(f"{'steps':>6}{'mean':>9}{'+- SE':>8}{'median':>9}{'IQM':>9}{'plan ms':>9}")
+    for each in configs:
+        steps = each.planner.diffusion_steps
+        with ProgressBar(console=console, transient=True) as bar:
+            decisions = arguments.tracks * -(-config.env.max_steps // config.model.chunk)
+            task = bar.add_task("driving", total=decisions / arguments.num_envs)
+            driven = evaluate(
+                params,
+                each,
+                tracks=arguments.tracks,
+                num_envs=arguments.num_envs,
+                on_decision=functools.partial(bar.advance, task),
+            )
+        numbers = summary([result.episode.episode_return for result in driven])
+        plan_ms = float(np.median([result.plan_ms for result in driven]))
+        print(
+            f"{steps:>6}{numbers['mean']:>9.1f}{numbers['standard_error']:>8.1f}"
+            f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",
+            flush=True,
+        )
+        results.append(
+            {
+                "diffusion_steps": steps,
+                **numbers,
+                "plan_ms": plan_ms,
+                "episodes": [
+                    {
+                        "seed": result.episode.seed,
+                        "return": result.episode.episode_return,
+                        "length": len(result.episode),
+                        "terminated": result.episode.terminated,
+                    }
+                    for result in driven
+                ],
+            }
+        )
+        if arguments.json:
+            checkpoint.write_json(
+                arguments.json, {"checkpoint": str(found), "results": results}
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
