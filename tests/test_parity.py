@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import reference_tensor
 
 from valdi_jax import diffusion, dynamics, model, planner
 from valdi_jax.convert import parameter_names
 from valdi_jax.losses import objective
-from valdi_jax.update import apply_update, make_optimizer
 from valdi_jax.types import AgentState
+from valdi_jax.update import apply_update, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +142,4 @@ def test_five_updates(parity):
         ours = [metrics[f"loss/{name}"] for name in ("total", "dynamics", "sigreg", "reward")]
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
     assert_close(latents(parity, state.params), parity["latent_after_5_updates"], 1e-4)
-    assert_close(
-        latents(parity, state.ema_params), parity["target_latent_after_5_updates"], 1e-4
-    )
+    assert_close(latents(parity, state.ema_params), parity["target_latent_after_5_updates"], 1e-4)

@@ -136,9 +136,7 @@ def load_params(checkpoint: Path, observation: Observation, config: Config) -> P
     return _load_tree(checkpoint / "params", template)
 
 
-def load(
-    checkpoint: Path, observation: Observation, config: Config
-) -> tuple[AgentState, Progress]:
+def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[AgentState, Progress]:
     """All of a checkpoint, to go on training.
 
     Raises:

@@ -68,7 +68,12 @@ def plan_batch(
 
 
 def exploration_noise(episode: int, config: CollectConfig) -> float:
-    """Standard deviation of the exploration noise for an episode: held, then falling linearly."""
+    """Standard deviation of the exploration noise: held, then falling linearly.
+
+    Args:
+        episode: counted from the first after the seed episodes, which are negative.
+        config: the schedule.
+    """
     progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
     progress = min(max(progress, 0.0), 1.0)
     return config.noise_start + progress * (config.noise_end - config.noise_start)

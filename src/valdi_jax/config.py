@@ -144,7 +144,7 @@ class CollectConfig:
     noise_end: float = 0.05
     """Standard deviation of the exploration noise after the decay."""
     noise_hold: int = 250
-    """Episodes at the first noise level."""
+    """Episodes at the first noise level, counted after the seed episodes."""
     noise_decay: int = 250
     """Episodes over which the noise then falls linearly."""
 
@@ -284,9 +284,8 @@ def validate(config: Config) -> None:
             f"--learn.discount is {config.learn.discount}; it must be above 0 and at most 1",
         ),
         (
-            0 <= config.learn.updates_per_step,
-            f"--learn.updates-per-step is {config.learn.updates_per_step}; "
-            "it must not be negative",
+            config.learn.updates_per_step >= 0,
+            f"--learn.updates-per-step is {config.learn.updates_per_step}; it must not be negative",
         ),
         (
             config.eval.tracks <= 100,

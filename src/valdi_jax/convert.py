@@ -5,32 +5,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
-from valdi_jax import model
-from valdi_jax.config import Config
+from valdi_jax import checkpoint, cli, model
+from valdi_jax.config import PRESETS, Config, validate
+from valdi_jax.errors import UsageError
 from valdi_jax.types import Observation, Params
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
-def _linear(ours: Path, theirs: str, bias: bool = True) -> Iterator[tuple[Path, str]]:
+def _linear(ours: ParamPath, theirs: str, bias: bool = True) -> Iterator[tuple[ParamPath, str]]:
     yield (*ours, "dense", "kernel"), f"{theirs}.weight"
     if bias:
         yield (*ours, "dense", "bias"), f"{theirs}.bias"
 
 
-def _norm(ours: Path, theirs: str, bias: bool = True) -> Iterator[tuple[Path, str]]:
+def _norm(ours: ParamPath, theirs: str, bias: bool = True) -> Iterator[tuple[ParamPath, str]]:
     yield (*ours, "scale"), f"{theirs}.weight"
     if bias:
         yield (*ours, "bias"), f"{theirs}.bias"
 
 
-def _residual_mlp(ours: Path, theirs: str, depth: int) -> Iterator[tuple[Path, str]]:
+def _residual_mlp(ours: ParamPath, theirs: str, depth: int) -> Iterator[tuple[ParamPath, str]]:
     yield from _linear((*ours, "inputs"), f"{theirs}.layers.0")
     for i in range(depth):
         block = f"{theirs}.layers.{i + 1}.layers"
@@ -40,7 +46,7 @@ def _residual_mlp(ours: Path, theirs: str, depth: int) -> Iterator[tuple[Path, s
     yield from _linear((*ours, "outputs"), f"{theirs}.layers.{depth + 1}")
 
 
-def _transformer(depth: int) -> Iterator[tuple[Path, str]]:
+def _transformer(depth: int) -> Iterator[tuple[ParamPath, str]]:
     yield ("dynamics", "condition_marker"), "dynamics.condition_state_marker"
     yield ("dynamics", "target_markers"), "dynamics.target_state_marker"
     yield ("dynamics", "timestep_embedding"), "dynamics.diffusion_step_emb.weight"
@@ -56,10 +62,10 @@ def _transformer(depth: int) -> Iterator[tuple[Path, str]]:
     yield from _linear(("dynamics", "velocity"), f"dynamics.layers.{depth + 1}", bias=False)
 
 
-def parameter_names(config: Config) -> dict[Path, str]:
+def parameter_names(config: Config) -> dict[ParamPath, str]:
     """The reference's name for every parameter of ours, by its path in the parameter dict."""
 
-    def pairs() -> Iterator[tuple[Path, str]]:
+    def pairs() -> Iterator[tuple[ParamPath, str]]:
         for i in range(len(config.model.cnn_channels)):
             ours, theirs = ("encoder", f"conv_{i}", "conv"), f"encoder.visual_encoder.{2 * i}"
             yield (*ours, "kernel"), f"{theirs}.weight"
@@ -84,7 +90,7 @@ def parameter_names(config: Config) -> dict[Path, str]:
     return dict(pairs())
 
 
-def _to_ours(tensor: np.ndarray, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _to_ours(tensor: np.ndarray, path: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
     """Linear weights are stored [out, in] there, convolutions [out, in, height, width]."""
     if path[-1] == "kernel":
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
@@ -139,6 +145,116 @@ def params_from_reference(tensors: Mapping[str, np.ndarray], config: Config) -> 
 
 def reference_observation() -> Observation:
     """An all-zero observation of the CarRacing agent, the only one the reference knows."""
-    return Observation(
-        image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32)
+    return Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
+
+
+def config_from_reference(settings: Mapping[str, Any]) -> Config:
+    """Our configuration from the settings that a checkpoint of the reference carries.
+
+    Raises:
+        UsageError: if its dynamics is one that this package does not have.
+    """
+    paper = PRESETS["paper"]
+    ours = {
+        "model": {
+            "latent_dim": "state_representation_dim",
+            "horizon": "horizon",
+            "chunk": "act_chunks",
+            "action_dim": "act_dim",
+            "diffusion_timesteps": "diff_steps",
+        },
+        "planner": {
+            "candidates": "pop_size",
+            "elites": "n_elite",
+            "iterations": "n_iters",
+            "diffusion_steps": "num_diff_steps",
+        },
+        "learn": {"discount": "gamma", "learning_rate": "lr"},
+    }
+    dynamics = settings.get("dynamics_type", "diffusion")
+    if dynamics not in ("diffusion", "mlp"):
+        raise UsageError(f"this package has no {dynamics!r} dynamics, only 'diffusion' and 'mlp'")
+    sections = {}
+    for section, names in ours.items():
+        defaults = getattr(paper, section)
+        values = {}
+        for name, theirs in names.items():
+            kind = type(getattr(defaults, name))
+            value = settings.get(theirs, getattr(defaults, name))
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UsageError(f"setting {theirs!r} of the checkpoint is {value!r}, not a number")
+            values[name] = kind(value)
+        sections[section] = dataclasses.replace(defaults, **values)
+    model_config = dataclasses.replace(sections["model"], dynamics=dynamics)
+    config = dataclasses.replace(paper, **{**sections, "model": model_config})
+    validate(config)
+    return config
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], Config]:
+    """Tensors and configuration of a checkpoint file of the reference.
+
+    Only tensors and plain data are read (``weights_only=True``): nothing in the file is executed.
+
+    Raises:
+        UsageError: if torch is missing or too old, or the file is not such a checkpoint.
+    """
+    try:
+        import torch
+
+        version = importlib.metadata.version("torch")
+    except ImportError:
+        raise UsageError("reading .pth files needs: pip install 'valdi-jax[torch]'") from None
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 10):
+        raise UsageError(f"reading .pth files safely needs torch 2.10 or later, not {version}")
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise UsageError(f"{path} is not a checkpoint of tensors and plain data") from None
+    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
+        raise UsageError(f"{path} is not a checkpoint of the reference: it has no 'model'")
+    settings = stored.get("cfg", {})
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} is not a checkpoint of the reference: its 'cfg' is not a table")
+    # The noise schedule is stored with the weights; ours follows from the configuration.
+    tensors = {
+        name: tensor.numpy()
+        for name, tensor in stored["model"].items()
+        if isinstance(tensor, torch.Tensor) and name != "alphas_cumprod"
+    }
+    return tensors, config_from_reference(settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of the conversion command."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT.pth")]
+    """Checkpoint file of the authors' implementation."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Run directory to create."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    arguments = cli.parse(
+        Arguments,
+        argv,
+        prog="python -m valdi_jax.convert",
+        description="Import a checkpoint of the authors' PyTorch implementation.",
     )
+    tensors, config = read_checkpoint(arguments.checkpoint)
+    try:
+        params = params_from_reference(tensors, config)
+    except ValueError as error:
+        raise UsageError(f"{arguments.checkpoint}: {error}") from error
+    checkpoint.create_run(arguments.out, config)
+    checkpoint.save_params(arguments.out, params)
+    print(f"{arguments.out}: {model.parameter_count(params):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

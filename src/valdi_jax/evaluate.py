@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,9 +214,7 @@ def main(argv: Sequence[str]) -> int:
             }
         )
         if arguments.json:
-            checkpoint.write_json(
-                arguments.json, {"checkpoint": str(found), "results": results}
-            )
+            checkpoint.write_json(arguments.json, {"checkpoint": str(found), "results": results})
     return 0
 
 

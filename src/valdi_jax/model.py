@@ -11,7 +11,16 @@ from valdi_jax.encoder import Encoder
 from valdi_jax.heads import RewardHead, ValueHeads
 from valdi_jax.types import Array, Observation, Params
 
-__all__ = ["encode", "encode_targets", "imagine", "init_params", "parameter_count", "reward", "value", "values"]
+__all__ = [
+    "encode",
+    "encode_targets",
+    "imagine",
+    "init_params",
+    "parameter_count",
+    "reward",
+    "value",
+    "values",
+]
 
 _ENCODER_TILE = 64  # observations encoded at once on a CPU
 

@@ -114,7 +114,7 @@ def plan(
     config: Config,
     noise_std: float | Array = 0.0,
 ) -> Plan:
-    """Plan from one observation: one compiled call, pure, safe to ``vmap`` over ``obs`` and ``key``.
+    """Plan from one observation in one compiled call; pure, so it can be vmapped.
 
     Args:
         params: parameters of all networks, as in ``AgentState.params``.

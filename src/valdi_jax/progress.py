@@ -134,8 +134,12 @@ class Display:
             ("plan ms", number("time/plan_ms", ".0f")),
             ("update ms", number("time/update_ms", ".0f")),
             ("loss", number("loss/total", ".3f")),
-            ("left", time.strftime("%H:%M:%S", time.gmtime(eta)) if eta < 86400 else
-             f"{eta / 86400:.1f} days"),
+            (
+                "left",
+                time.strftime("%H:%M:%S", time.gmtime(eta))
+                if eta < 86400
+                else f"{eta / 86400:.1f} days",
+            ),
         ]
 
     def _table(self) -> Table:

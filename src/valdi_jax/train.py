@@ -26,7 +26,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
-from valdi_jax.types import AgentState, Observation
+from valdi_jax.types import AgentState
 from valdi_jax.update import init_state, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
@@ -52,7 +52,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
-    make: Callable[[EnvConfig], gym.Env] = functools.partial(make_env, training=True),
+    make: Callable[[EnvConfig], gym.Env] | None = None,
     console: Console | None = None,
 ) -> AgentState:
     """Collect and learn until ``config.collect.episodes`` episodes have been driven.
@@ -61,7 +61,8 @@ def train(
         config: the run's configuration.
         run_dir: where it is kept (see `checkpoint`).
         resume: go on from the last checkpoint rather than start a run.
-        make: makes a training environment; it must pickle if there are several.
+        make: makes a training environment from its configuration, by default the one that it
+            names; it must pickle if there are several.
         console: where progress is shown.
 
     Returns: the trained agent.
@@ -72,7 +73,7 @@ def train(
     """
     validate(config)
     console = console or Console()
-    factory = functools.partial(make, config.env)
+    factory = functools.partial(make or functools.partial(make_env, training=True), config.env)
     example = example_observation(factory)
     if resume:
         state, progress = checkpoint.load(checkpoint.latest(run_dir), example, config)
@@ -120,9 +121,7 @@ class _Run:
                         self.round()
                 except cli.Interrupted as interrupt:
                     self.save()
-                    self.display.say(
-                        f"{interrupt}: saved; continue with --resume {run_dir}"
-                    )
+                    self.display.say(f"{interrupt}: saved; continue with --resume {run_dir}")
                     raise
                 self.save()
         finally:
@@ -134,7 +133,7 @@ class _Run:
         config, before = self.config, self.progress.episodes
         count = min(config.collect.num_envs, config.collect.episodes - before)
         numbers = range(before, before + count)
-        noise_std = exploration_noise(before, config.collect)
+        noise_std = exploration_noise(before - config.collect.seed_episodes, config.collect)
         self.display.phase("driving")
         driven = drive(
             self.state.params,
@@ -285,9 +284,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
         for name, old, new in _differences(to_dict(base), to_dict(arguments.config)):
             if not name.startswith(_CHANGEABLE):
-                raise UsageError(
-                    f"cannot resume with another {name}: the run has {old}, not {new}"
-                )
+                raise UsageError(f"cannot resume with another {name}: the run has {old}, not {new}")
     return arguments
 
 
@@ -302,11 +299,11 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 
 
 def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object, object]]:
-    for name in old:
-        if isinstance(old[name], dict):
-            yield from _differences(old[name], new[name], f"{path}{name}.")
-        elif old[name] != new[name]:
-            yield path + name, old[name], new[name]
+    for name, value in old.items():
+        if isinstance(value, dict):
+            yield from _differences(value, new[name], f"{path}{name}.")
+        elif value != new[name]:
+            yield path + name, value, new[name]
 
 
 def main(argv: Sequence[str]) -> int:

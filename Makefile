@@ -1,0 +1,38 @@
+# make train   train on CarRacing with the preset that suits this machine
+# make test    run the tests
+# make lint    check style
+# make bench   measure the planner and the update
+
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= dev
+BIN     = $(VENV)/bin
+
+# The GPU extra follows from the CUDA version that the driver supports.
+CUDA   := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -1)
+GPU    := $(if $(filter 12,$(CUDA)),cuda12,$(if $(CUDA),cuda13))
+PRESET ?= $(if $(GPU),paper,cpu)
+COMMA  := ,
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/installed
+	$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/planner_hz.py
+	$(BIN)/python benchmarks/update_hz.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)$(if $(GPU),$(COMMA)$(GPU))]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info

@@ -1,0 +1,161 @@
+"""What the benchmarks share: timing, the floor, the table and the JSON file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from valdi_jax.config import ModelConfig
+from valdi_jax.types import Observation
+
+Products = Counter  # (rows, inner, columns) of a matrix product -> how often
+
+
+def example_observation(rng: np.random.Generator, lead: tuple[int, ...] = ()) -> Observation:
+    """A random CarRacing observation on the host."""
+    return Observation(
+        image=rng.integers(0, 256, (*lead, 96, 96, 3), np.uint8),
+        vector=rng.standard_normal((*lead, 7)).astype(np.float32),
+    )
+
+
+def time_calls(call: Callable[[], object], seconds: float, least: int = 5) -> np.ndarray:
+    """Wall seconds of each call, for about ``seconds``, the results waited for."""
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return np.array(times)
+
+
+def compile_seconds(call: Callable[[], object]) -> float:
+    """Wall seconds of the first call."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def product_seconds(rows: int, inner: int, columns: int) -> float:
+    """Median seconds of one float32 product [rows, inner] x [inner, columns] on this machine.
+
+    Products of this shape alternate with their transposes in one compiled loop, so that neither
+    dispatch nor anything elementwise is in the figure.
+    """
+    there = jax.random.normal(jax.random.key(0), (inner, columns)) * inner**-0.5
+    back = jax.random.normal(jax.random.key(1), (columns, inner)) * columns**-0.5
+    x = jax.random.normal(jax.random.key(2), (rows, inner))
+    # Enough products for a few milliseconds at the least.
+    pairs = max(1, min(2000, int(5e9 / (4 * rows * inner * columns))))
+
+    @jax.jit
+    def run(x):
+        return jax.lax.scan(lambda x, _: ((x @ there) @ back, None), x, length=pairs)[0]
+
+    run(x).block_until_ready()
+    return float(np.median(time_calls(lambda: run(x), 0.5, least=15)) / (2 * pairs))
+
+
+def floor_seconds(products: Products) -> float:
+    """Seconds that matrix products take by themselves."""
+    return sum(count * product_seconds(*shape) for shape, count in products.items())
+
+
+def mlp_products(rows: int, widths: list[int]) -> Products:
+    """Of a chain of linear layers."""
+    return Counter({(rows, a, b): n for (a, b), n in Counter(itertools.pairwise(widths)).items()})
+
+
+def residual_products(rows: int, inputs: int, width: int, depth: int, outputs: int) -> Products:
+    """Of a residual MLP."""
+    products = Counter({(rows, inputs, width): 1, (rows, width, outputs): 1})
+    products[rows, width, 2 * width] += depth
+    products[rows, 2 * width, width] += depth
+    return products
+
+
+def dynamics_products(model: ModelConfig, batch: int) -> Products:
+    """Of one network evaluation for a batch of H-step trajectories."""
+    chunk = model.chunk * model.action_dim
+    if model.dynamics == "mlp":
+        one = residual_products(
+            batch, model.latent_dim + chunk, model.mlp_width, model.mlp_depth, model.latent_dim
+        )
+        return Counter({shape: model.horizon * count for shape, count in one.items()})
+    rows, width, hidden = (
+        batch * (model.horizon + 1),
+        model.transformer_width,
+        model.transformer_hidden,
+    )
+    block = Counter()
+    for shape in (
+        (rows, width, 3 * width),
+        (rows, width, width),
+        (rows, width, hidden),
+        (rows, hidden, width),
+    ):
+        block[shape] += model.transformer_depth
+    block[batch * model.horizon, width, model.latent_dim] += 1
+    return block
+
+
+def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Products:
+    """Of the reward head and the value heads."""
+    inputs = model.latent_dim + model.chunk * model.action_dim
+    products = residual_products(reward_rows, inputs, model.reward_width, model.reward_depth, 1)
+    widths = [model.latent_dim, model.value_width, model.value_width, 1]
+    for _ in range(model.value_heads):
+        products += mlp_products(value_rows, widths)
+    return products
+
+
+def report(machine: str, rows: list[dict], path: Path | None) -> None:
+    """Print the table, and write it where asked."""
+    print(f"\n{machine}")
+    header = ("name", "per_second", "median_ms", "p99_ms", "floor_ms")
+    print("{:<16}{:>12}{:>12}{:>12}{:>12}{:>12}".format(*header, "x floor"))
+    for row in rows:
+        ratio = row["median_ms"] / row["floor_ms"] if row["floor_ms"] else float("nan")
+        numbers = [row[name] for name in header[1:]]
+        print(f"{row['name']:<16}" + "".join(f"{n:>12.3f}" for n in numbers) + f"{ratio:>12.2f}")
+    if path:
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def row(name: str, times: np.ndarray, floor: float) -> dict:
+    """One line of the report from the seconds of each call."""
+    return {
+        "name": name,
+        "per_second": float(1 / times.mean()),
+        "median_ms": float(1e3 * np.median(times)),
+        "p99_ms": float(1e3 * np.percentile(times, 99)),
+        "floor_ms": 1e3 * floor,
+    }
+
+
+def machine_name() -> str:
+    """The device that JAX computes on."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].split(":")[1].strip() if names else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def scaled(products: Products, times: int) -> Products:
+    """The same products, several times over."""
+    return Counter({shape: times * count for shape, count in products.items()})
