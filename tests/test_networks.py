@@ -1,0 +1,89 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from valdi_jax.config import PRESETS, ModelConfig
+from valdi_jax.dynamics import init_dynamics, velocity
+from valdi_jax.model import encode, encode_targets, init_params
+from valdi_jax.types import Observation
+
+SMALL = PRESETS["tiny"].model
+
+
+def test_every_imagined_step_sees_the_whole_sequence():
+    params = init_dynamics(jax.random.key(0), config=SMALL)
+    keys = jax.random.split(jax.random.key(1), 3)
+    z = jax.random.normal(keys[0], (SMALL.latent_dim,))
+    actions = jax.random.normal(keys[1], (SMALL.horizon, 9))
+    noised = jax.random.normal(keys[2], (SMALL.horizon, SMALL.latent_dim))
+
+    def predict(z, actions, noised):
+        return velocity(params, z, actions, noised, jnp.int32(10), config=SMALL).sum(-1)
+
+    for argument, jacobian in enumerate(jax.jacobian(predict, (0, 1, 2))(z, actions, noised)):
+        influence = np.abs(jacobian).sum(-1)
+        assert np.all(influence > 0), f"argument {argument} is not seen from everywhere"
+
+
+def test_markers_tell_positions_apart():
+    params = init_dynamics(jax.random.key(0), config=SMALL)
+    same = jnp.ones((SMALL.horizon, SMALL.latent_dim))
+    z, actions = jnp.ones(SMALL.latent_dim), jnp.ones((SMALL.horizon, 9))
+    out = velocity(params, z, actions, same, jnp.int32(10), config=SMALL)
+    assert np.abs(out[0] - out[1]).max() > 1e-6
+
+
+def test_a_width_too_small_for_a_token_is_refused():
+    config = dataclasses.replace(SMALL, transformer_width=32)
+    with pytest.raises(ValueError, match="transformer_width 32 is too small"):
+        init_dynamics(jax.random.key(0), config=config)
+
+
+def test_initialisation_is_uniform_in_the_reference_bounds():
+    config = PRESETS["paper"]
+    observation = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
+    params = init_params(jax.random.key(0), observation, config=config)
+    layer = params["value"]["head_0"]["linear_1"]["dense"]  # 512 -> 512
+    bound = 512**-0.5
+    for tensor in (layer["kernel"], layer["bias"]):
+        assert np.abs(tensor).max() <= bound
+        assert np.std(tensor) == pytest.approx(bound / 3**0.5, rel=0.1)
+    kernel = params["encoder"]["conv_1"]["conv"]["kernel"]  # 3 x 3 x 16 -> 32
+    assert 0.95 * 144**-0.5 < np.abs(kernel).max() <= 144**-0.5
+    assert np.std(params["dynamics"]["timestep_embedding"]) == pytest.approx(1, rel=0.02)
+    assert np.std(params["dynamics"]["target_markers"]) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("absent", ["image", "vector"])
+def test_an_absent_modality_costs_no_parameters(absent):
+    fields = {"image": np.zeros((96, 96, 3), np.uint8), "vector": np.zeros(7, np.float32)}
+    fields[absent] = None
+    config = PRESETS["tiny"]
+    params = init_params(jax.random.key(0), Observation(**fields), config=config)
+    assert not any(name.startswith(absent) for name in params["encoder"])
+    if absent == "image":
+        assert not any(name.startswith("conv") for name in params["encoder"])
+
+
+def test_targets_are_the_encoders_latents_without_gradient():
+    config = PRESETS["tiny"]
+    rng = np.random.default_rng(0)
+    observations = Observation(
+        image=rng.integers(0, 256, (20, 6, 96, 96, 3), np.uint8),  # more than one tile
+        vector=rng.standard_normal((20, 6, 7)).astype(np.float32),
+    )
+    example = jax.tree.map(lambda x: x[0, 0], observations)
+    params = init_params(jax.random.key(0), example, config=config)
+    expected = encode(params, observations, config=config)
+    latents = encode_targets(params, observations, config=config)
+    np.testing.assert_allclose(latents, expected, atol=1e-5)
+    grads = jax.grad(lambda p: encode_targets(p, observations, config=config).sum())(params)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_the_default_sizes_are_the_papers():
+    model = ModelConfig()
+    assert (model.latent_dim, model.horizon, model.chunk) == (64, 5, 3)

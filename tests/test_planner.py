@@ -1,0 +1,186 @@
+import ast
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import valdi_jax
+from valdi_jax import planner
+from valdi_jax.config import PRESETS
+from valdi_jax.model import init_params
+from valdi_jax.planner import cem, plan
+from valdi_jax.types import Observation
+
+OPTIMUM = jnp.array([[0.5, -1.0], [2.0, 0.0], [-0.3, 0.7]])
+
+
+def quadratic(candidates, key):
+    return -jnp.sum((candidates - OPTIMUM) ** 2, axis=(1, 2))
+
+
+def search(score=quadratic, seed=0, **settings):
+    settings = {"candidates": 256, "elites": 32, "iterations": 12} | settings
+    shape = OPTIMUM.shape
+    return cem(score, jnp.zeros(shape), jnp.ones(shape), jax.random.key(seed), **settings)
+
+
+def test_cem_finds_the_optimum_of_a_quadratic():
+    found = search()
+    np.testing.assert_allclose(found.mean, OPTIMUM, atol=0.02)
+    np.testing.assert_allclose(found.best, OPTIMUM, atol=0.1)
+    assert np.all(found.std < 0.05)
+
+
+def test_cem_returns_the_best_candidate_of_all_iterations():
+    seen = []
+
+    def noisy(candidates, key):
+        # Noise swamps the score, so the best is as likely early as late.
+        scores = 100 * jax.random.normal(key, candidates.shape[:1])
+        jax.debug.callback(lambda *x: seen.append(x), candidates, scores)
+        return scores
+
+    found = search(noisy, iterations=6)
+    jax.effects_barrier()
+    candidates, scores = (np.concatenate(x) for x in zip(*seen, strict=True))
+    assert len(scores) == 6 * 256
+    assert float(found.best_score) == scores.max()
+    np.testing.assert_array_equal(found.best, candidates[scores.argmax()])
+    assert scores.argmax() < 5 * 256, "choose another seed: the last iteration had the best"
+
+
+def test_cem_uses_the_sample_standard_deviation():
+    found = search(iterations=1)
+    samples = jax.random.normal(
+        jax.random.split(jax.random.split(jax.random.key(0), 1)[0])[0], (256, *OPTIMUM.shape)
+    )
+    elite = samples[np.argsort(-np.asarray(quadratic(samples, None)))[:32]]
+    np.testing.assert_allclose(found.mean, elite.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.std, elite.std(0, ddof=1) + 1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("elites", [1, 257])
+def test_cem_refuses_impossible_elites(elites):
+    with pytest.raises(ValueError, match="between 2 and candidates"):
+        search(elites=elites)
+
+
+@pytest.fixture(scope="module", params=["diffusion", "mlp"])
+def agent(request):
+    tiny = PRESETS["tiny"]
+    config = dataclasses.replace(
+        tiny, model=dataclasses.replace(tiny.model, dynamics=request.param)
+    )
+    rng = np.random.default_rng(0)
+    observations = Observation(
+        image=rng.integers(0, 256, (4, 96, 96, 3), np.uint8),
+        vector=rng.standard_normal((4, 7)).astype(np.float32),
+    )
+    first = jax.tree.map(lambda x: x[0], observations)
+    params = init_params(jax.random.key(0), first, config=config)
+    return config, params, observations, first
+
+
+def test_the_same_key_gives_the_same_plan(agent):
+    config, params, _, first = agent
+    one, two = (plan(params, first, jax.random.key(5), config=config) for _ in range(2))
+    other = plan(params, first, jax.random.key(6), config=config)
+    np.testing.assert_array_equal(one.actions, two.actions)
+    assert not np.array_equal(one.actions, other.actions)
+
+
+def test_a_batch_of_plans_equals_one_by_one(agent):
+    config, params, observations, _ = agent
+    keys = jax.random.split(jax.random.key(1), 4)
+    batched = jax.vmap(lambda o, k: plan(params, o, k, config=config))(observations, keys)
+    for i in range(4):
+        single = plan(params, jax.tree.map(lambda x, i=i: x[i], observations), keys[i],
+                      config=config)
+        np.testing.assert_allclose(batched.actions[i], single.actions, atol=1e-4)
+        np.testing.assert_allclose(
+            batched.predicted_return[i], single.predicted_return, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_plan_has_an_action_for_every_environment_step(agent):
+    config, params, _, first = agent
+    answer = plan(params, first, jax.random.key(0), config=config)
+    assert answer.actions.shape == answer.mean.shape == answer.std.shape == (15, 3)
+    assert np.all(np.abs(answer.actions) <= 1)
+
+
+def test_exploration_noise_is_added_before_tanh(agent):
+    config, params, _, first = agent
+    key = jax.random.key(2)
+    calm = plan(params, first, key, config=config)
+    noisy = plan(params, first, key, config=config, noise_std=0.25)
+    step = np.arctanh(np.clip(noisy.actions, -0.999999, 0.999999)) - np.arctanh(
+        np.clip(calm.actions, -0.999999, 0.999999)
+    )
+    assert 0.1 < step.std() < 0.4
+    np.testing.assert_allclose(noisy.mean, calm.mean)
+
+
+def test_the_answer_can_be_the_elite_mean(agent):
+    config, params, _, first = agent
+    config = dataclasses.replace(
+        config, planner=dataclasses.replace(config.planner, answer="mean")
+    )
+    answer = plan(params, first, jax.random.key(0), config=config)
+    np.testing.assert_allclose(answer.actions, np.tanh(answer.mean), atol=1e-6)
+
+
+def test_shared_noise_gives_equal_candidates_equal_scores(agent, monkeypatch):
+    config, params, _, first = agent
+    if config.model.dynamics == "mlp":
+        return  # deterministic: there is no noise to share
+    spreads = {}
+    for shared in (False, True):
+        settings = dataclasses.replace(config.planner, shared_noise=shared)
+
+        def same_candidates(score_fn, mean, std, key, shared=shared, **kwargs):
+            scores = score_fn(jnp.ones((16, *mean.shape)), key)
+            spreads[shared] = float(scores.std())
+            return cem(score_fn, mean, std, key, **kwargs)
+
+        monkeypatch.setattr(planner, "cem", same_candidates)
+        plan.__wrapped__(
+            params,
+            first,
+            jax.random.key(0),
+            config=dataclasses.replace(config, planner=settings),
+        )
+    assert spreads[True] < 1e-5 < spreads[False]
+
+
+def test_all_candidates_are_imagined_in_one_batched_call(agent, monkeypatch):
+    config, params, _, first = agent
+    shapes = []
+    imagine = planner.model.imagine
+
+    def recording(params, z, actions, *args, **kwargs):
+        shapes.append(actions.shape)
+        return imagine(params, z, actions, *args, **kwargs)
+
+    monkeypatch.setattr(planner.model, "imagine", recording)
+    jaxpr = jax.make_jaxpr(lambda o, k: plan.__wrapped__(params, o, k, config=config))(
+        first, jax.random.key(0)
+    )
+    assert set(shapes) == {(config.planner.candidates, 5, 9)}
+    assert str(jaxpr).count("top_k[") == 1, "the iterations were unrolled"
+
+
+def test_the_planner_knows_nothing_of_learning_or_environments():
+    folder = Path(valdi_jax.__file__).parent
+    tree = ast.parse((folder / "planner.py").read_text())
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
+        f"{n.module}.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+    }
+    for forbidden in ("update", "replay", "envs", "gymnasium", "losses", "collect"):
+        assert not any(forbidden in name.split(".") for name in imported), forbidden

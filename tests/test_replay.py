@@ -1,0 +1,95 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from toy import CONFIG
+
+from valdi_jax.replay import Episode, Replay
+from valdi_jax.types import Observation
+
+SPAN = CONFIG.segment_steps  # 18 environment steps
+
+
+def episode(number, length, terminated=False):
+    """Every entry tells its episode and its step."""
+    steps = np.arange(length + 1, dtype=np.float32)
+    return Episode(
+        observations=Observation(vector=np.stack([np.full_like(steps, number), steps], axis=1)),
+        actions=np.repeat(steps[:-1, None], 3, axis=1),
+        rewards=steps[:-1],
+        terminated=terminated,
+        truncated=not terminated,
+        seed=number,
+    )
+
+
+def filled(*episodes, capacity=10):
+    config = dataclasses.replace(
+        CONFIG, replay=dataclasses.replace(CONFIG.replay, capacity=capacity)
+    )
+    replay = Replay(config)
+    for each in episodes:
+        replay.add(each)
+    return replay
+
+
+def test_a_segment_is_consecutive_and_within_one_episode():
+    replay = filled(*(episode(i, length) for i, length in enumerate((18, 25, 40))))
+    batch = replay.sample(np.random.default_rng(0), 500)
+    vector = batch.observations.vector
+    assert vector.shape == (500, 7, 2)
+    assert batch.actions.shape == (500, 6, 9)
+    assert batch.rewards.shape == (500, 6, 3)
+    numbers, steps = vector[..., 0], vector[..., 1]
+    assert np.all(numbers == numbers[:, :1])
+    starts = steps[:, :1]
+    np.testing.assert_array_equal(steps, starts + 3 * np.arange(7))
+    np.testing.assert_array_equal(batch.rewards.reshape(500, 18), starts + np.arange(18))
+    np.testing.assert_array_equal(batch.actions.reshape(500, 18, 3)[..., 0], starts + np.arange(18))
+
+
+def test_episodes_are_drawn_uniformly_and_so_are_their_starts():
+    replay = filled(episode(0, SPAN), episode(1, SPAN + 9))
+    vector = replay.sample(np.random.default_rng(0), 4000).observations.vector
+    assert np.mean(vector[:, 0, 0]) == pytest.approx(0.5, abs=0.05)
+    starts = vector[vector[:, 0, 0] == 1][:, 0, 1]
+    counts = np.bincount(starts.astype(int), minlength=10)
+    assert len(counts) == 10, "every start must be drawn, the last one included"
+    assert counts.min() > 0.6 * counts.mean()
+
+
+def test_only_the_segment_that_holds_the_terminal_step_is_marked():
+    replay = filled(episode(0, SPAN + 3, terminated=True), episode(1, SPAN + 3))
+    batch = replay.sample(np.random.default_rng(0), 500)
+    first = batch.observations.vector[:, 0]
+    expected = (first[:, 0] == 0) & (first[:, 1] == 3)
+    assert 0 < expected.sum() < 500
+    np.testing.assert_array_equal(batch.terminals[:, -1], expected)
+    assert not batch.terminals[:, :-1].any()
+
+
+def test_an_episode_shorter_than_a_segment_is_never_drawn():
+    replay = filled(episode(0, 5), episode(1, SPAN - 1), episode(2, SPAN))
+    vector = replay.sample(np.random.default_rng(0), 100).observations.vector
+    assert set(vector[..., 0].ravel()) == {2}
+    assert len(replay) == 3
+
+
+def test_a_replay_of_short_episodes_says_that_it_is_not_ready():
+    replay = filled(episode(0, 5))
+    assert not replay.ready
+    with pytest.raises(ValueError, match="at least 18 steps"):
+        replay.sample(np.random.default_rng(0), 4)
+
+
+def test_the_oldest_episode_leaves_first():
+    replay = filled(*(episode(i, SPAN) for i in range(5)), capacity=3)
+    vector = replay.sample(np.random.default_rng(0), 200).observations.vector
+    assert len(replay) == 3
+    assert set(vector[..., 0].ravel()) == {2, 3, 4}
+
+
+def test_the_same_generator_state_gives_the_same_batch():
+    replay = filled(episode(0, 40), episode(1, 40))
+    one, two = (replay.sample(np.random.default_rng(7), 16) for _ in range(2))
+    np.testing.assert_array_equal(one.observations.vector, two.observations.vector)

@@ -1,0 +1,166 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import CONFIG
+
+from valdi_jax.config import Config
+from valdi_jax.losses import objective, td_targets
+from valdi_jax.types import Batch, Observation
+from valdi_jax.update import draw, init_state, update
+
+EXAMPLE = Observation(vector=np.zeros(2, np.float32))
+
+
+def configured(dynamics="diffusion", **learn) -> Config:
+    return dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, dynamics=dynamics),
+        learn=dataclasses.replace(CONFIG.learn, **learn),
+    )
+
+
+def random_batch(seed=0, size=8):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        observations=Observation(vector=rng.standard_normal((size, 7, 2)).astype(np.float32)),
+        actions=rng.uniform(-1, 1, (size, 6, 9)).astype(np.float32),
+        rewards=rng.standard_normal((size, 6, 3)).astype(np.float32),
+        terminals=np.zeros((size, 6), np.float32),
+    )
+
+
+def test_td_targets_by_hand():
+    rewards = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]])
+    values, terminals = jnp.array([10.0, 20.0]), jnp.array([0.0, 1.0])
+    settings = {"discount": 0.5}
+    cut = td_targets(rewards, values, terminals, bootstrap=False, **settings)
+    np.testing.assert_allclose(cut, [1 + 1 + 1 + 10 / 8, 2.0])
+    through = td_targets(rewards, values, terminals, bootstrap=True, **settings)
+    np.testing.assert_allclose(through, [1 + 1 + 1 + 10 / 8, 2 + 20 / 8])
+
+
+@pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
+def test_learning_on_one_batch_lowers_every_loss(dynamics):
+    config = configured(dynamics, learning_rate=1e-3)
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    history = []
+    for _ in range(150):
+        state, metrics = update(state, random_batch(), config=config)
+        history.append({name: float(value) for name, value in metrics.items()})
+    for name in ("loss/total", "loss/dynamics", "loss/reward"):
+        first, last = (np.mean([h[name] for h in part]) for part in (history[:10], history[-10:]))
+        assert last < 0.8 * first, f"{name}: {first:.3f} -> {last:.3f}"
+
+
+def test_one_compilation_serves_a_whole_run():
+    config = configured(learning_rate=2e-3)
+    before = update._cache_size()
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    for seed in range(4):
+        state, _ = update(state, random_batch(seed), config=config)
+    assert update._cache_size() == before + 1
+
+
+def test_the_state_is_donated():
+    config = configured()
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    update(state, random_batch(), config=config)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_metrics_name_every_term():
+    config = configured()
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    _, metrics = update(state, random_batch(), config=config)
+    assert {
+        "loss/total",
+        "loss/dynamics",
+        "loss/reward",
+        "loss/value",
+        "loss/sigreg",
+        "grad/norm",
+        "value/mean",
+        "latent/std",
+    } <= set(metrics)
+    weights = config.learn
+    expected = (1 - weights.sigreg_weight) * (
+        metrics["loss/dynamics"] + 0.01 * metrics["loss/reward"] + 0.01 * metrics["loss/value"]
+    ) + weights.sigreg_weight * metrics["loss/sigreg"]
+    assert float(metrics["loss/total"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_ema_follows_at_its_rate():
+    config = configured(ema_rate=0.25)
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    old = jax.tree.map(np.asarray, state.ema_params)
+    state, _ = update(state, random_batch(), config=config)
+    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), old, state.params)
+    jax.tree.map(
+        lambda e, x: np.testing.assert_allclose(e, x, atol=1e-6), state.ema_params, expected
+    )
+
+
+@pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
+@pytest.mark.parametrize("td_encoder", ["online", "ema"])
+def test_no_gradient_reaches_the_targets(dynamics, td_encoder):
+    config = configured(dynamics, td_encoder=td_encoder)
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    draws = draw(jax.random.key(1), 8, config=config)
+    batch = random_batch()
+    ema_grads = jax.grad(
+        lambda ema: objective(state.params, ema, batch, draws, config=config)[0]
+    )(state.ema_params)
+    assert all(not np.any(g) for g in jax.tree.leaves(ema_grads))
+
+    def through_later_observations(vector):
+        observations = Observation(
+            vector=jnp.concatenate([batch.observations.vector[:, :1], vector], axis=1)
+        )
+        changed = batch.replace(observations=observations)
+        return objective(state.params, state.ema_params, changed, draws, config=config)[1][
+            "loss/dynamics"
+        ]
+
+    # The later observations do matter: as targets, whose encoder must not be trained by them.
+    later = jnp.asarray(batch.observations.vector[:, 1:])
+    assert np.any(jax.grad(through_later_observations)(later))
+
+
+def test_the_encoder_is_trained_through_the_first_observation():
+    config = configured()
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    draws = draw(jax.random.key(1), 8, config=config)
+    grads = jax.grad(
+        lambda p: objective(p, state.ema_params, random_batch(), draws, config=config)[0]
+    )(state.params)
+    assert all(np.any(g) for g in jax.tree.leaves(grads["encoder"]))
+    assert all(np.any(g) for g in jax.tree.leaves(grads["value"]))
+
+
+def test_terminal_steps_matter_only_where_the_bootstrap_is_cut():
+    batch = random_batch()
+    ended = batch.replace(terminals=np.ones_like(batch.terminals))
+    for bootstrap in (True, False):
+        config = configured(bootstrap_terminal=bootstrap)
+        state = init_state(jax.random.key(0), EXAMPLE, config=config)
+        draws = draw(jax.random.key(1), 8, config=config)
+        losses = [
+            float(objective(state.params, state.ema_params, b, draws, config=config)[0])
+            for b in (batch, ended)
+        ]
+        assert (losses[0] == losses[1]) == bootstrap
+
+
+def test_updates_differ_from_one_step_to_the_next_but_not_between_runs():
+    config = configured(learning_rate=1e-12)
+    losses = []
+    for _ in range(2):
+        state = init_state(jax.random.key(0), EXAMPLE, config=config)
+        for _ in range(2):
+            state, metrics = update(state, random_batch(), config=config)
+            losses.append(float(metrics["loss/dynamics"]))
+    assert losses[:2] == losses[2:]
+    assert losses[0] != losses[1]

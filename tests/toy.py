@@ -1,0 +1,52 @@
+"""A Gymnasium environment small enough to know by heart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium as gym
+import numpy as np
+
+from valdi_jax.config import PRESETS, Config
+
+CONFIG: Config = dataclasses.replace(
+    PRESETS["tiny"],
+    env=dataclasses.replace(PRESETS["tiny"].env, name="toy", max_steps=30),
+    learn=dataclasses.replace(PRESETS["tiny"].learn, batch_size=8),
+    eval=dataclasses.replace(PRESETS["tiny"].eval, every=0),
+)
+
+
+class Counting(gym.Env):
+    """Counts its steps: the vector is (seed mod 1000, steps), the reward the step's number.
+
+    It terminates after ``length`` steps if that is less than ``max_steps``, where it truncates.
+    The 1000 keeps the seed exact in float32.
+    """
+
+    observation_space = gym.spaces.Dict(vector=gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, length: int = 1000, max_steps: int = 30, fail_at: int | None = None):
+        self.length, self.max_steps, self.fail_at = length, max_steps, fail_at
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.steps = seed % 1000, 0
+        return self._observation(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32)), action
+        self.steps += 1
+        if self.steps == self.fail_at:
+            raise OSError("the road is closed")
+        terminated = self.steps >= self.length
+        truncated = not terminated and self.steps >= self.max_steps
+        return self._observation(), float(self.steps), terminated, truncated, {}
+
+    def _observation(self):
+        return {"vector": np.array([self.seed, self.steps], np.float32)}
+
+
+def make_counting(config, **settings) -> Counting:
+    return Counting(max_steps=config.max_steps, **settings)
