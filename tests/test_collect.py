@@ -1,0 +1,107 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from toy import CONFIG, Counting, make_counting
+
+from valdi_jax.collect import Job, drive, exploration_noise
+from valdi_jax.config import CollectConfig
+from valdi_jax.envs.workers import LocalPool
+from valdi_jax.model import init_params
+from valdi_jax.types import Observation
+
+
+class TwoLocal:
+    """A pool of two environments in this process."""
+
+    size = 2
+
+    def __init__(self, *factories):
+        self.pools = [LocalPool(factory) for factory in factories]
+
+    def reset(self, seeds):
+        return {i: self.pools[i].reset({0: seed})[0] for i, seed in seeds.items()}
+
+    def step(self, actions):
+        return {i: self.pools[i].step({0: chunk})[0] for i, chunk in actions.items()}
+
+
+@pytest.fixture(scope="module")
+def params():
+    example = Observation(vector=np.zeros(2, np.float32))
+    return init_params(jax.random.key(0), example, config=CONFIG)
+
+
+def jobs(*seeds):
+    return [Job(seed, jax.random.key(seed)) for seed in seeds]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "terminated"), [(100, 30, False), (30, 30, True), (7, 7, True), (1, 1, True)]
+)
+def test_an_episode_is_stored_with_its_true_length_and_flags(params, length, steps, terminated):
+    pool = LocalPool(functools.partial(Counting, length=length))
+    (driven,) = drive(params, pool, jobs(5), config=CONFIG)
+    episode = driven.episode
+    assert len(episode) == steps
+    assert episode.terminated == terminated
+    assert episode.truncated == (not terminated)
+    assert episode.seed == 5
+    assert episode.actions.shape == (steps, 3)
+    np.testing.assert_array_equal(episode.rewards, np.arange(1, steps + 1))
+    np.testing.assert_array_equal(episode.observations.vector[:, 1], np.arange(steps + 1))
+    assert np.all(episode.observations.vector[:, 0] == 5)
+    assert episode.episode_return == steps * (steps + 1) / 2
+
+
+def test_several_environments_drive_every_job_and_answer_in_order(params):
+    pool = TwoLocal(functools.partial(Counting, length=4), functools.partial(Counting, length=9))
+    driven = drive(params, pool, jobs(1, 2, 3, 4, 5), config=CONFIG)
+    assert [d.episode.seed for d in driven] == [1, 2, 3, 4, 5]
+    for number, d in enumerate(driven, start=1):
+        assert np.all(d.episode.observations.vector[:, 0] == number), "episodes were mixed up"
+        np.testing.assert_array_equal(d.episode.rewards, np.arange(1, len(d.episode) + 1))
+
+
+def test_an_episode_does_not_depend_on_what_is_driven_beside_it(params):
+    alone = drive(params, LocalPool(Counting), jobs(3), config=CONFIG)[0].episode
+    beside = drive(
+        params, TwoLocal(functools.partial(Counting, length=5), Counting), jobs(2, 3), config=CONFIG
+    )[1].episode
+    np.testing.assert_allclose(alone.actions, beside.actions, atol=1e-4)
+
+
+def test_the_same_job_gives_the_same_episode(params):
+    one, two = (
+        drive(params, LocalPool(Counting), jobs(3), config=CONFIG, noise_std=0.2)[0].episode
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(one.actions, two.actions)
+
+
+def test_what_the_callback_raises_ends_the_drive(params):
+    calls = []
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive(params, LocalPool(Counting), jobs(1), config=CONFIG, on_decision=stop)
+    assert len(calls) == 3
+
+
+def test_exploration_noise_is_held_and_then_falls():
+    config = CollectConfig()
+    episodes = (-10, 0, 249, 375, 500, 5000)
+    noise = [exploration_noise(episode, config) for episode in episodes]
+    np.testing.assert_allclose(noise, [0.25, 0.25, 0.25, 0.15, 0.05, 0.05])
+    steady = dataclasses.replace(config, noise_decay=0)
+    assert exploration_noise(300, steady) == pytest.approx(0.05)
+
+
+def test_the_toy_environment_can_be_made_from_a_configuration():
+    assert make_counting(CONFIG.env).max_steps == CONFIG.env.max_steps

@@ -1,0 +1,69 @@
+"""The commands and benchmarks as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["valdi_jax.train", "--env", "carrcing"], "did you mean 'carracing'"),
+        (["valdi_jax.train", "--model.dynamcs", "mlp"], "did you mean --model.dynamics"),
+        (["valdi_jax.train", "--run-dir", "{file}/run"], "cannot write to"),
+        (["valdi_jax.evaluate", "{file}"], "is not a run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("")
+    arguments = [a.format(file=tmp_path / "file") for a in arguments]
+    done = start("-m", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "convert"])
+def test_help_explains_the_options(command):
+    done = start("-m", f"valdi_jax.{command}", "--help")
+    assert done.returncode == 0
+    assert "usage: python -m valdi_jax." + command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("planner_hz", ["diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"]),
+        ("update_hz", ["diffusion", "diffusion/ema", "mlp", "mlp/ema"]),
+    ],
+)
+def test_benchmarks_run_and_write_their_rows(tmp_path, script, names):
+    path = tmp_path / "rows.json"
+    done = start(
+        ROOT / "benchmarks" / f"{script}.py",
+        "--preset", "tiny", "--seconds", "0.1", "--json", path,
+        env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = json.loads(path.read_text())
+    assert set(data) == {"machine", "rows"}
+    assert [row["name"] for row in data["rows"]] == names
+    for row in data["rows"]:
+        assert set(row) == {"name", "per_second", "median_ms", "p99_ms", "floor_ms"}
+        assert 0 < row["median_ms"] <= row["p99_ms"]
+        assert row["floor_ms"] > 0

@@ -1,0 +1,58 @@
+import dataclasses
+
+import pytest
+
+from valdi_jax.config import PRESETS, validate
+from valdi_jax.errors import UsageError
+
+
+def test_the_paper_preset_is_table_3():
+    paper = PRESETS["paper"]
+    assert paper.learn.discount == 0.99
+    assert paper.collect.seed_episodes == 10
+    assert paper.replay.capacity == 1000
+    assert (paper.model.horizon, paper.model.chunk) == (5, 3)
+    assert (paper.planner.candidates, paper.planner.elites, paper.planner.iterations) == (512, 64, 10)
+    assert paper.planner.diffusion_steps == 1
+    assert paper.planner.answer == "best"
+    assert not paper.planner.shared_noise
+    assert paper.model.latent_dim == 64
+    assert (paper.learn.learning_rate, paper.learn.adam_b1, paper.learn.adam_b2) == (3e-4, 0.9, 0.999)
+    assert (paper.learn.reward_weight, paper.learn.value_weight) == (0.01, 0.01)
+    assert (paper.learn.diffusion_weight, paper.learn.sigreg_weight) == (1.0, 0.05)
+    assert (paper.collect.noise_start, paper.collect.noise_end) == (0.25, 0.05)
+    assert (paper.collect.noise_hold, paper.collect.noise_decay) == (250, 250)
+    assert paper.learn.batch_size == 256
+    assert paper.learn.ema_rate == 0.005
+    assert paper.learn.updates_per_step * paper.env.max_steps == pytest.approx(60)
+    assert paper.env.patience == 0
+    assert paper.learn.bootstrap_terminal
+    assert paper.learn.td_encoder == "online"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_hashable(preset):
+    validate(PRESETS[preset])
+    hash(PRESETS[preset])
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("planner", {"elites": 600}, "--planner.elites is 600; it must be between 2 and"),
+        ("planner", {"iterations": 0}, "--planner.iterations is 0; it must be above 0"),
+        ("planner", {"diffusion_steps": 1001}, "must be at most --model.diffusion-timesteps"),
+        ("learn", {"batch_size": 0}, "--learn.batch-size is 0; it must be above 0"),
+        ("learn", {"discount": 1.5}, "--learn.discount is 1.5"),
+        ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be above 0"),
+        ("env", {"max_steps": 17}, "a training segment alone takes 18 environment steps"),
+        ("eval", {"tracks": 101}, "there are 100 fixed tracks"),
+    ],
+)
+def test_values_out_of_range_are_named(section, change, message):
+    paper = PRESETS["paper"]
+    config = dataclasses.replace(
+        paper, **{section: dataclasses.replace(getattr(paper, section), **change)}
+    )
+    with pytest.raises(UsageError, match=message):
+        validate(config)

@@ -1,0 +1,143 @@
+import functools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import PARITY
+from toy import Counting
+
+from valdi_jax.config import EnvConfig
+from valdi_jax.envs import Patience, evaluation_seeds, make_env
+from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
+from valdi_jax.envs.workers import LocalPool, WorkerPool
+from valdi_jax.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def frames():
+    with np.load(PARITY / "carracing_frames.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_proprioception_is_read_as_the_reference_does(frames):
+    for raw, expected in zip(frames["raw"], frames["proprio"], strict=True):
+        np.testing.assert_allclose(read_proprio(raw), expected, atol=1e-6)
+    assert frames["proprio"].any(axis=0)[[0, 5, 6]].all(), "the drive must move the needles"
+
+
+def test_the_bar_is_blacked_out_and_nothing_else(frames):
+    for raw, expected in zip(frames["raw"], frames["masked"], strict=True):
+        np.testing.assert_array_equal(mask_bar(raw), expected)
+
+
+def test_a_drive_is_reproduced_frame_by_frame(frames):
+    env = make_carracing(max_steps=600)
+    env.reset(seed=int(frames["seed"]))
+    after = {int(step): i for i, step in enumerate(frames["step"])}
+    for step, action in enumerate(frames["actions"]):
+        observation, reward, terminated, truncated, _ = env.step(action)
+        assert reward == pytest.approx(frames["rewards"][step])
+        assert not (terminated or truncated)
+        if step in after:
+            np.testing.assert_array_equal(observation["image"], frames["masked"][after[step]])
+            np.testing.assert_allclose(
+                observation["vector"], frames["proprio"][after[step]], atol=1e-6
+            )
+    env.close()
+
+
+def test_observations_and_actions_lie_in_their_spaces():
+    env = make_carracing(max_steps=20)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert env.action_space.contains(np.array([-1, -1, -1], np.float32))
+    for _ in range(20):
+        observation, _, _, truncated, _ = env.step(np.array([0.1, -1, -1], np.float32))
+    assert env.observation_space.contains(observation)
+    assert truncated
+    env.close()
+
+
+def test_the_fixed_tracks_are_those_of_the_reference():
+    seeds = evaluation_seeds(100)
+    assert len(set(seeds)) == 100
+    assert seeds[:3] == [1501552845, 488200390, 1693606510]
+    assert evaluation_seeds(3) == seeds[:3]
+
+
+@pytest.mark.parametrize("count", [0, 101])
+def test_only_a_hundred_tracks_exist(count):
+    with pytest.raises(UsageError, match="between 1 and 100"):
+        evaluation_seeds(count)
+
+
+def test_an_unknown_environment_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match=r"unknown environment 'carrcing'.*'carracing'"):
+        make_env(EnvConfig(name="carrcing"), training=True)
+
+
+class Rewards(gym.Env):
+    """Pays the rewards given, in turn."""
+
+    observation_space = gym.spaces.Dict()
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, rewards):
+        self.rewards = rewards
+
+    def reset(self, **kwargs):
+        self.next = iter(self.rewards)
+        return {}, {}
+
+    def step(self, action):
+        return {}, next(self.next), False, False, {}
+
+
+def test_patience_truncates_after_steps_in_a_row_without_reward():
+    env = Patience(Rewards([-1, 1, -1, -1, 1, -1, -1, 0]), patience=3)
+    for _ in range(2):  # the count starts anew with the episode
+        env.reset()
+        assert [env.step(None)[3] for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_worker_processes_answer_as_a_local_environment_does():
+    actions = np.zeros((3, 3), np.float32)
+    pool = WorkerPool(functools.partial(Counting, length=5), 2)
+    try:
+        for index in range(2):
+            local = LocalPool(functools.partial(Counting, length=5))
+            first = pool.reset({index: 42 + index})[index]
+            np.testing.assert_array_equal(first.vector, local.reset({0: 42 + index})[0].vector)
+            for count, terminated in ((3, False), (2, True)):
+                there, here = pool.step({index: actions})[index], local.step({0: actions})[0]
+                assert there.rewards == here.rewards
+                assert len(there.rewards) == count
+                assert there.terminated == here.terminated == terminated
+                np.testing.assert_array_equal(
+                    there.observations[-1].vector, here.observations[-1].vector
+                )
+    finally:
+        pool.close()
+    assert not any(process.is_alive() for process in pool._processes)
+
+
+def test_a_failing_environment_in_a_worker_is_reported_with_its_traceback():
+    pool = WorkerPool(functools.partial(Counting, fail_at=2), 1)
+    try:
+        pool.reset({0: 1})
+        with pytest.raises(RuntimeError, match="the road is closed"):
+            pool.step({0: np.zeros((3, 3), np.float32)})
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_dies_is_reported():
+    pool = WorkerPool(Counting, 1)
+    try:
+        pool.reset({0: 1})
+        pool._processes[0].kill()
+        pool._processes[0].join()
+        with pytest.raises(RuntimeError, match="worker died"):
+            pool.step({0: np.zeros((3, 3), np.float32)})
+    finally:
+        pool.close()

@@ -1,0 +1,82 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from valdi_jax import checkpoint, evaluate
+from valdi_jax.config import PRESETS
+from valdi_jax.errors import UsageError
+from valdi_jax.model import init_params
+from valdi_jax.types import Observation
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    config = PRESETS["tiny"]
+    example = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
+    checkpoint.create_run(directory, config)
+    checkpoint.save_params(directory, init_params(jax.random.key(0), example, config=config))
+    return directory
+
+
+def test_the_summary_by_hand():
+    numbers = evaluate.summary([8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert numbers["mean"] == numbers["median"] == numbers["interquartile_mean"] == 4.5
+    assert numbers["standard_error"] == pytest.approx(6**0.5 / 8**0.5)
+    outlier = evaluate.summary([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1000.0])
+    assert outlier["interquartile_mean"] == 1
+
+
+def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = [str(run), "--tracks", "2", "--diffusion-steps", "1", "2", "--json", str(path)]
+    assert evaluate.main(arguments) == 0
+    results = json.loads(path.read_text())["results"]
+    assert [r["diffusion_steps"] for r in results] == [1, 2]
+    for result in results:
+        returns = [e["return"] for e in result["episodes"]]
+        assert result["mean"] == pytest.approx(np.mean(returns))
+        assert [e["length"] for e in result["episodes"]] == [60, 60]
+        assert len({e["seed"] for e in result["episodes"]}) == 2
+    assert f"{results[0]['mean']:.1f}" in capsys.readouterr().out
+
+
+def test_the_same_parameters_drive_the_same_way(run, tmp_path):
+    returns = []
+    for name in ("one.json", "two.json"):
+        evaluate.main([str(run), "--tracks", "1", "--json", str(tmp_path / name)])
+        data = json.loads((tmp_path / name).read_text())
+        returns.append(data["results"][0]["episodes"][0]["return"])
+    assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_a_drive_can_be_recorded(run, tmp_path, suffix):
+    import imageio.v3 as imageio
+
+    path = tmp_path / f"drive{suffix}"
+    evaluate.main([str(run), "--tracks", "1", "--video", str(path)])
+    frames = imageio.imread(path)
+    assert frames.shape[0] >= 15
+    assert frames.shape[-1] in (3, 4)
+    assert np.any(frames[0] != frames[-1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere is not a run directory"),
+        (["{run}", "--tracks", "101"], "between 1 and 100"),
+        (["{run}", "--trakcs", "1"], "unknown option --trakcs: did you mean --tracks"),
+        (["{run}", "--video", "x.avi"], "writes .gif or .mp4"),
+        (["{run}", "--video", "no/dir/x.gif"], "there is no directory"),
+        (["{run}", "--json", "no/dir/x.json"], "no such directory"),
+        (["{run}", "--diffusion-steps", "1001"], "must be at most"),
+        (["{run}", "--num-envs", "0"], "must be above 0"),
+    ],
+)
+def test_bad_input_is_answered_in_one_sentence(run, argv, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate.main([token.format(run=run) for token in argv])

@@ -1,0 +1,180 @@
+import dataclasses
+import io
+import os
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from toy import CONFIG, make_counting
+
+from valdi_jax import checkpoint, cli
+from valdi_jax import train as train_module
+from valdi_jax.config import PRESETS
+from valdi_jax.errors import UsageError
+from valdi_jax.progress import read_jsonl
+from valdi_jax.train import parse_arguments, train
+
+
+def run(directory, episodes, resume=False, config=CONFIG, make=make_counting):
+    config = dataclasses.replace(
+        config, collect=dataclasses.replace(config.collect, episodes=episodes)
+    )
+    output = io.StringIO()
+    state = train(config, directory, resume=resume, make=make, console=Console(file=output))
+    return state, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    return directory, *run(directory, 5)
+
+
+def test_a_run_leaves_everything_in_its_directory(straight):
+    directory, _, output = straight
+    assert checkpoint.load_config(directory).collect.episodes == 5
+    assert [p.name for p in checkpoint.checkpoints(directory)] == ["00000003", "00000005"]
+    assert len(list((directory / "replay").glob("*.npz"))) == 5
+    assert list(directory.glob("events.out.tfevents*"))
+    records = read_jsonl(directory / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
+    assert all(r["episode/return"] == 465 for r in records)
+    assert "loss/total" not in records[1]
+    assert np.isfinite(records[-1]["loss/total"])
+    assert "episode 5/5" in output
+
+
+def test_the_update_to_data_ratio_is_exact(straight):
+    directory, state, _ = straight
+    records = read_jsonl(directory / "metrics.jsonl")
+    # 30 steps an episode, a tenth of an update each, none for the two seed episodes.
+    assert [r["total/updates"] for r in records] == [0, 0, 3, 6, 9]
+    assert int(state.step) == 9
+
+
+def test_a_resumed_run_equals_a_straight_one(straight, tmp_path):
+    _, state, _ = straight
+    run(tmp_path / "run", 3)
+    resumed, _ = run(tmp_path / "run", 5, resume=True)
+    chex.assert_trees_all_equal(resumed.params, state.params)
+    chex.assert_trees_all_equal(resumed.ema_params, state.ema_params)
+    chex.assert_trees_all_equal(resumed.optimizer, state.optimizer)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_run_is_saved_and_loses_no_episode(straight, tmp_path):
+    _, state, _ = straight
+    resets = []
+
+    class Interrupting:
+        def __init__(self, config):
+            self.env = make_counting(config)
+            self.observation_space, self.close = self.env.observation_space, self.env.close
+
+        def reset(self, seed):
+            resets.append(seed)
+            if len(resets) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return self.env.reset(seed=seed)
+
+        def step(self, action):
+            return self.env.step(action)
+
+    with pytest.raises(cli.Interrupted, match="SIGINT"):
+        run(tmp_path / "run", 5, make=Interrupting)
+    assert checkpoint.latest(tmp_path / "run").name == "00000003"
+    resumed, _ = run(tmp_path / "run", 5, resume=True)
+    chex.assert_trees_all_equal(resumed.params, state.params)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    run(tmp_path / "run", 3)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"episode": 3, "episode/return": 1.0}\n{"episode": 4, "epis')
+    run(tmp_path / "run", 5, resume=True)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
+    assert records[3]["episode/return"] == 465
+
+
+def test_episodes_too_short_for_a_segment_do_not_stop_the_run(tmp_path):
+    from functools import partial
+
+    state, _ = run(tmp_path / "run", 4, make=partial(make_counting, length=4))
+    assert int(state.step) == 0
+    assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
+
+
+def test_carracing_trains_evaluates_and_resumes_on_worker_processes(tmp_path):
+    base = PRESETS["tiny"]
+    config = dataclasses.replace(
+        base,
+        env=dataclasses.replace(base.env, max_steps=24),
+        collect=dataclasses.replace(base.collect, seed_episodes=2, num_envs=2),
+        eval=dataclasses.replace(base.eval, every=4),
+    )
+    state, output = run(tmp_path / "run", 4, config=config, make=None)
+    assert int(state.step) == 4  # two episodes of 24 steps
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    (evaluation,) = read_jsonl(tmp_path / "run" / "evaluations.jsonl")
+    assert evaluation["episode"] == 3
+    assert len(evaluation["returns"]) == 1
+    assert "evaluation after 4 episodes" in output
+
+
+def test_the_defaults_of_the_command_are_the_papers():
+    arguments = parse_arguments(["--env", "carracing"])
+    assert arguments.config == PRESETS["paper"]
+    assert parse_arguments(["--preset=cpu"]).config == PRESETS["cpu"]
+
+
+def test_options_override_the_preset():
+    config = parse_arguments(
+        ["--preset", "tiny", "--model.dynamics", "mlp", "--collect.num-envs", "3"]
+    ).config
+    assert config.model.dynamics == "mlp"
+    assert config.collect.num_envs == 3
+    assert config.model.latent_dim == PRESETS["tiny"].model.latent_dim
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "papr"], "unknown preset 'papr'"),
+        (["--model.dynamcs", "mlp"], "unknown option --model.dynamcs.*--model.dynamics"),
+        (["--planner.candidates", "many"], "--planner.candidates.*'many'"),
+        (["--model.dynamics", "flow"], "invalid choice 'flow'"),
+        (["--resume", "nowhere"], "nowhere is not a run directory"),
+    ],
+)
+def test_bad_options_are_answered_in_one_sentence(argv, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_arguments(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_resumes_only_with_its_own_settings(straight):
+    directory, _, _ = straight
+    with pytest.raises(UsageError, match=r"another learn.batch_size: the run has 8, not 16"):
+        parse_arguments(["--resume", str(directory), "--learn.batch-size", "16"])
+    longer = parse_arguments(["--resume", str(directory), "--collect.episodes", "9"]).config
+    assert longer.collect.episodes == 9
+
+
+def test_one_line_says_what_a_decision_costs_on_a_cpu(monkeypatch, tmp_path):
+    said = []
+    instance = object.__new__(train_module._Run)
+    instance.config = PRESETS["paper"]
+    instance.display = type("Display", (), {"say": lambda self, text: said.append(text)})()
+    instance.say_cost(700.0)
+    instance.config = PRESETS["cpu"]
+    instance.say_cost(40.0)
+    if jax.default_backend() == "cpu":
+        (line,) = said
+        assert "0.7 s" in line
+        assert "--preset cpu" in line
