@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -46,6 +47,7 @@ def compile_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+@functools.cache
 def product_seconds(rows: int, inner: int, columns: int) -> float:
     """Median seconds of one float32 product [rows, inner] x [inner, columns] on this machine.
 
@@ -63,7 +65,7 @@ def product_seconds(rows: int, inner: int, columns: int) -> float:
         return jax.lax.scan(lambda x, _: ((x @ there) @ back, None), x, length=pairs)[0]
 
     run(x).block_until_ready()
-    return float(np.median(time_calls(lambda: run(x), 0.5, least=15)) / (2 * pairs))
+    return float(np.median(time_calls(lambda: run(x), 0.3)) / (2 * pairs))
 
 
 def floor_seconds(products: Products) -> float:

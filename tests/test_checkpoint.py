@@ -131,7 +131,7 @@ def test_a_damaged_episode_is_refused_by_name(run):
     checkpoint.save_episode(run, 3, episode(3, 20))
     path = run / "replay" / "00000003.npz"
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UsageError, match="cannot read the episode .*00000003.npz"):
+    with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz"):
         checkpoint.load_episode(run, 3)
 
 

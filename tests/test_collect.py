@@ -39,7 +39,8 @@ def jobs(*seeds):
 
 
 @pytest.mark.parametrize(
-    ("length", "steps", "terminated"), [(100, 30, False), (30, 30, True), (7, 7, True), (1, 1, True)]
+    ("length", "steps", "terminated"),
+    [(100, 30, False), (30, 30, True), (7, 7, True), (1, 1, True)],
 )
 def test_an_episode_is_stored_with_its_true_length_and_flags(params, length, steps, terminated):
     pool = LocalPool(functools.partial(Counting, length=length))

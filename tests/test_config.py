@@ -12,12 +12,14 @@ def test_the_paper_preset_is_table_3():
     assert paper.collect.seed_episodes == 10
     assert paper.replay.capacity == 1000
     assert (paper.model.horizon, paper.model.chunk) == (5, 3)
-    assert (paper.planner.candidates, paper.planner.elites, paper.planner.iterations) == (512, 64, 10)
+    assert (paper.planner.candidates, paper.planner.elites) == (512, 64)
+    assert paper.planner.iterations == 10
     assert paper.planner.diffusion_steps == 1
     assert paper.planner.answer == "best"
     assert not paper.planner.shared_noise
     assert paper.model.latent_dim == 64
-    assert (paper.learn.learning_rate, paper.learn.adam_b1, paper.learn.adam_b2) == (3e-4, 0.9, 0.999)
+    assert paper.learn.learning_rate == 3e-4
+    assert (paper.learn.adam_b1, paper.learn.adam_b2) == (0.9, 0.999)
     assert (paper.learn.reward_weight, paper.learn.value_weight) == (0.01, 0.01)
     assert (paper.learn.diffusion_weight, paper.learn.sigreg_weight) == (1.0, 0.05)
     assert (paper.collect.noise_start, paper.collect.noise_end) == (0.25, 0.05)

@@ -17,13 +17,13 @@ def tensors():
 
 def test_a_missing_tensor_is_named(tensors):
     del tensors["reward.layers.3.bias"]
-    with pytest.raises(ValueError, match="'reward.layers.3.bias'"):
+    with pytest.raises(ValueError, match=r"'reward\.layers\.3\.bias'"):
         params_from_reference(tensors, PAPER)
 
 
 def test_a_tensor_too_many_is_named(tensors):
     tensors["policy.weight"] = np.zeros(3)
-    with pytest.raises(ValueError, match="'policy.weight'"):
+    with pytest.raises(ValueError, match=r"'policy\.weight'"):
         params_from_reference(tensors, PAPER)
 
 

@@ -19,9 +19,7 @@ def test_the_true_velocity_denoises_exactly():
     for alpha_bar in (0.01, 0.5, 0.99):
         noised = diffusion.add_noise(clean, noise, alpha_bar)
         velocity = diffusion.velocity_target(clean, noise, alpha_bar)
-        np.testing.assert_allclose(
-            diffusion.denoise(noised, velocity, alpha_bar), clean, atol=1e-5
-        )
+        np.testing.assert_allclose(diffusion.denoise(noised, velocity, alpha_bar), clean, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_a_drive_is_reproduced_frame_by_frame(frames):
     for step, action in enumerate(frames["actions"]):
         observation, reward, terminated, truncated, _ = env.step(action)
         assert reward == pytest.approx(frames["rewards"][step])
-        assert not (terminated or truncated)
+        assert not terminated
+        assert not truncated
         if step in after:
             np.testing.assert_array_equal(observation["image"], frames["masked"][after[step]])
             np.testing.assert_allclose(

@@ -97,8 +97,9 @@ def test_a_batch_of_plans_equals_one_by_one(agent):
     keys = jax.random.split(jax.random.key(1), 4)
     batched = jax.vmap(lambda o, k: plan(params, o, k, config=config))(observations, keys)
     for i in range(4):
-        single = plan(params, jax.tree.map(lambda x, i=i: x[i], observations), keys[i],
-                      config=config)
+        single = plan(
+            params, jax.tree.map(lambda x, i=i: x[i], observations), keys[i], config=config
+        )
         np.testing.assert_allclose(batched.actions[i], single.actions, atol=1e-4)
         np.testing.assert_allclose(
             batched.predicted_return[i], single.predicted_return, rtol=1e-4, atol=1e-5
@@ -126,9 +127,7 @@ def test_exploration_noise_is_added_before_tanh(agent):
 
 def test_the_answer_can_be_the_elite_mean(agent):
     config, params, _, first = agent
-    config = dataclasses.replace(
-        config, planner=dataclasses.replace(config.planner, answer="mean")
-    )
+    config = dataclasses.replace(config, planner=dataclasses.replace(config.planner, answer="mean"))
     answer = plan(params, first, jax.random.key(0), config=config)
     np.testing.assert_allclose(answer.actions, np.tanh(answer.mean), atol=1e-6)
 

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -52,29 +54,22 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **sett
 
 def _options(cls: type, prefix: str = "--") -> set[str]:
     """Every option that tyro makes of a dataclass, as it spells them."""
-    names = {"--help"}
-    hints = dataclasses.fields(cls)
-    for field in hints:
-        kind = _resolved(cls)[field.name]
-        name, absolute = field.name.replace("_", "-"), prefix
-        for mark in getattr(kind, "__metadata__", ()):
-            name = getattr(mark, "name", None) if getattr(mark, "name", None) is not None else name
-            if getattr(mark, "prefix_name", True) is False:
-                absolute = "--"
-        inner = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
-        if dataclasses.is_dataclass(inner):
-            names |= _options(inner, f"{prefix}{name}." if name else prefix)
+    options = {"--help"}
+    for field, hint in typing.get_type_hints(cls, include_extras=True).items():
+        kind, *marks = typing.get_args(hint) if hasattr(hint, "__metadata__") else [hint]
+        name, path = field.replace("_", "-"), prefix
+        for mark in marks:  # of tyro.conf.arg
+            if getattr(mark, "name", None) is not None:
+                name = mark.name
+            if getattr(mark, "prefix_name", None) is False:
+                path = "--"
+        if dataclasses.is_dataclass(kind):
+            options |= _options(kind, f"{path}{name}." if name else path)
         else:
-            names.add(absolute + name)
-            if inner is bool:
-                names.add(f"{absolute}no-{name}")
-    return names
-
-
-def _resolved(cls: type) -> dict[str, Any]:
-    import typing
-
-    return typing.get_type_hints(cls, include_extras=True)
+            options.add(path + name)
+            if kind is bool:
+                options.add(f"{path}no-{name}")
+    return options
 
 
 def _sentence(message: str) -> str:
@@ -94,6 +89,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 class Interrupted(Exception):

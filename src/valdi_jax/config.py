@@ -212,9 +212,13 @@ PRESETS: dict[str, Config] = {
     "cpu": dataclasses.replace(
         _PAPER,
         env=EnvConfig(patience=75),
-        planner=PlannerConfig(candidates=64, elites=8, iterations=4),
-        learn=LearnConfig(batch_size=64, updates_per_step=0.2),
-        collect=CollectConfig(episodes=600, noise_hold=100, noise_decay=100),
+        planner=PlannerConfig(
+            candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True
+        ),
+        learn=LearnConfig(batch_size=64, updates_per_step=0.25, ema_rate=0.02, td_encoder="ema"),
+        collect=CollectConfig(episodes=150, noise_hold=100, noise_decay=100),
+        eval=EvalConfig(every=50),
+        checkpoint=CheckpointConfig(every=10),
     ),
     # A smoke run on the real environment: over in about a minute, learns nothing worth having.
     "tiny": dataclasses.replace(

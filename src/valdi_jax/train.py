@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import jax
@@ -37,7 +37,7 @@ _CHANGEABLE = ("collect.episodes", "eval.", "checkpoint.")
 class Arguments:
     """Command line of the training command."""
 
-    preset: str = "paper"
+    preset: Literal["paper", "cpu", "tiny"] = "paper"
     """Defaults to start from: paper (every value of the paper's Table 3), cpu (what two cores can
     learn with in an hour or two), tiny (a smoke run of about a minute)."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
