@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import io
 import os
 import signal
@@ -11,7 +12,6 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax import checkpoint, cli
-from valdi_jax import train as train_module
 from valdi_jax.config import PRESETS
 from valdi_jax.errors import UsageError
 from valdi_jax.progress import read_jsonl
@@ -103,9 +103,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 def test_episodes_too_short_for_a_segment_do_not_stop_the_run(tmp_path):
-    from functools import partial
-
-    state, _ = run(tmp_path / "run", 4, make=partial(make_counting, length=4))
+    state, _ = run(tmp_path / "run", 4, make=functools.partial(make_counting, length=4))
     assert int(state.step) == 0
     assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
 
@@ -166,15 +164,11 @@ def test_a_run_resumes_only_with_its_own_settings(straight):
     assert longer.collect.episodes == 9
 
 
-def test_one_line_says_what_a_decision_costs_on_a_cpu(monkeypatch, tmp_path):
-    said = []
-    instance = object.__new__(train_module._Run)
-    instance.config = PRESETS["paper"]
-    instance.display = type("Display", (), {"say": lambda self, text: said.append(text)})()
-    instance.say_cost(700.0)
-    instance.config = PRESETS["cpu"]
-    instance.say_cost(40.0)
-    if jax.default_backend() == "cpu":
-        (line,) = said
-        assert "0.7 s" in line
-        assert "--preset cpu" in line
+def test_one_line_says_what_a_decision_costs_on_a_cpu(tmp_path):
+    heavy = dataclasses.replace(
+        CONFIG, planner=dataclasses.replace(CONFIG.planner, candidates=512, iterations=10)
+    )
+    _, output = run(tmp_path / "heavy", 1, config=heavy)
+    assert ("--preset cpu is sized for it" in output) == (jax.default_backend() == "cpu")
+    _, output = run(tmp_path / "light", 1)
+    assert "--preset cpu" not in output

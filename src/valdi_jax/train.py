@@ -18,7 +18,7 @@ from rich.console import Console
 
 from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
-from valdi_jax.collect import Job, drive, exploration_noise
+from valdi_jax.collect import Job, drive, exploration_noise, plan_batch
 from valdi_jax.config import PRESETS, Config, EnvConfig, to_dict, validate
 from valdi_jax.envs import example_observation, make_env
 from valdi_jax.envs.workers import Pool, make_pool
@@ -26,7 +26,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
-from valdi_jax.types import AgentState
+from valdi_jax.types import AgentState, Observation
 from valdi_jax.update import init_state, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
@@ -80,7 +80,7 @@ def train(
     else:
         checkpoint.create_run(run_dir, config)
         state, progress = init_state(jax.random.key(config.seed), example, config=config), None
-    run = _Run(config, run_dir, state, progress or Progress(), factory, console)
+    run = _Run(config, run_dir, state, progress or Progress(), factory, example, console)
     run.go()
     return run.state
 
@@ -88,12 +88,13 @@ def train(
 class _Run:
     """The state of a training run between its steps."""
 
-    def __init__(self, config, run_dir, state, progress, factory, console):
+    def __init__(self, config, run_dir, state, progress, factory, example, console):
         self.config: Config = config
         self.run_dir: Path = run_dir
         self.state: AgentState = state
         self.progress: Progress = progress
-        self.factory = factory
+        self.factory: Callable[[], gym.Env] = factory
+        self.example: Observation = example
         self.console: Console = console
         self.updates = int(state.step)
         self.key = jax.random.key(config.seed)
@@ -112,6 +113,7 @@ class _Run:
         )
         self.display.say(f"run directory: {run_dir}")
         self.pool: Pool = make_pool(self.factory, config.collect.num_envs)
+        self.say_cost(self.example)
         self.clock = time.monotonic() - self.progress.seconds
         try:
             with cli.interruptible() as check, self.display:
@@ -178,8 +180,6 @@ class _Run:
             }
             self.log.episode(record)
             self.display.episode(record)
-        if before == 0:
-            self.say_cost(driven[-1].plan_ms)
         if _crossed(config.eval.every, before, self.progress.episodes):
             self.evaluate()
         if _crossed(config.checkpoint.every, before, self.progress.episodes):
@@ -244,14 +244,27 @@ class _Run:
         oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self.config.replay.capacity
         checkpoint.prune_episodes(self.run_dir, before=oldest)
 
-    def say_cost(self, plan_ms: float) -> None:
+    def say_cost(self, example: Observation) -> None:
         """Say what a decision costs where the paper's sizes meet a CPU."""
-        heavy = self.config.planner.candidates * self.config.planner.iterations >= 2000
-        if heavy and jax.default_backend() == "cpu":
-            self.display.say(
-                f"note: a decision costs {plan_ms / 1e3:.1f} s on this CPU; "
-                "--preset cpu is sized for it"
+        settings = self.config.planner
+        if settings.candidates * settings.iterations < 2000 or jax.default_backend() != "cpu":
+            return
+        seconds = []
+        for _ in range(2):  # the first call compiles
+            start = time.perf_counter()
+            plan = plan_batch(
+                self.state.params,
+                jax.tree.map(lambda x: np.stack([x] * self.pool.size), example),
+                jax.random.split(self.key, self.pool.size),
+                np.zeros(self.pool.size, np.int32),
+                np.float32(0),
+                config=self.config,
             )
+            jax.block_until_ready(plan)
+            seconds.append(time.perf_counter() - start)
+        self.display.say(
+            f"note: a decision costs {seconds[-1]:.1f} s on this CPU; --preset cpu is sized for it"
+        )
 
 
 def _crossed(every: int, before: int, after: int) -> bool:
