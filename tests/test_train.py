@@ -12,6 +12,7 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax import checkpoint, cli
+from valdi_jax import train as train_module
 from valdi_jax.config import PRESETS
 from valdi_jax.errors import UsageError
 from valdi_jax.progress import read_jsonl
@@ -90,6 +91,28 @@ def test_an_interrupted_run_is_saved_and_loses_no_episode(straight, tmp_path):
     resumed, _ = run(tmp_path / "run", 5, resume=True)
     chex.assert_trees_all_equal(resumed.params, state.params)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
+    straight, tmp_path, monkeypatch
+):
+    _, state, _ = straight
+    update = train_module.update
+
+    def interrupting(state, batch, *, config):
+        if int(state.step) == 4:  # the second of the fourth episode's three updates
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(state, batch, config=config)
+
+    monkeypatch.setattr(train_module, "update", interrupting)
+    with pytest.raises(cli.Interrupted, match="SIGTERM"):
+        run(tmp_path / "run", 5)
+    assert checkpoint.latest(tmp_path / "run").name == "00000004"
+    monkeypatch.undo()
+    resumed, _ = run(tmp_path / "run", 5, resume=True)
+    chex.assert_trees_all_equal(resumed.params, state.params)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
-from valdi_jax.collect import Job, drive, exploration_noise, plan_batch
+from valdi_jax.collect import Driven, Job, drive, exploration_noise, plan_batch
 from valdi_jax.config import PRESETS, Config, EnvConfig, to_dict, validate
 from valdi_jax.envs import example_observation, make_env
 from valdi_jax.envs.workers import Pool, make_pool
@@ -119,6 +119,7 @@ class _Run:
             with cli.interruptible() as check, self.display:
                 self.check = check
                 try:
+                    self.learn()  # what an interrupt left undone
                     while self.progress.episodes < config.collect.episodes:
                         self.round()
                 except cli.Interrupted as interrupt:
@@ -148,20 +149,31 @@ class _Run:
         for number, result in zip(numbers, driven, strict=True):
             self.replay.add(result.episode)
             checkpoint.save_episode(self.run_dir, number, result.episode)
-        steps = sum(len(result.episode) for result in driven)
-        learned_from = sum(
-            len(result.episode)
-            for number, result in zip(numbers, driven, strict=True)
-            if number >= config.collect.seed_episodes
-        )
-        progress = dataclasses.replace(
+        steps = [len(result.episode) for result in driven]
+        seeding = max(0, config.collect.seed_episodes - before)
+        self.progress = dataclasses.replace(
             self.progress,
             episodes=before + count,
-            env_steps=self.progress.env_steps + steps,
-            learning_steps=self.progress.learning_steps + learned_from,
+            env_steps=self.progress.env_steps + sum(steps),
+            learning_steps=self.progress.learning_steps + sum(steps[seeding:]),
+            seconds=time.monotonic() - self.clock,
         )
-        learning = self.learn(progress.learning_steps)
-        self.progress = dataclasses.replace(progress, seconds=time.monotonic() - self.clock)
+        try:
+            learning = self.learn()
+        except cli.Interrupted:
+            # The episodes are driven: they count, and the updates they are owed come on resuming.
+            self.report(numbers, driven, {"plan/noise_std": noise_std})
+            raise
+        self.report(numbers, driven, {"plan/noise_std": noise_std, **learning})
+        if _crossed(config.eval.every, before, self.progress.episodes):
+            self.evaluate()
+        if _crossed(config.checkpoint.every, before, self.progress.episodes):
+            self.save()
+
+    def report(
+        self, numbers: Sequence[int], driven: Sequence[Driven], metrics: dict[str, float]
+    ) -> None:
+        """Log the episodes of a round with the metrics of the learning that followed."""
         for number, result in zip(numbers, driven, strict=True):
             record = {
                 "episode": number,
@@ -170,30 +182,27 @@ class _Run:
                 "episode/terminated": result.episode.terminated,
                 "episode/seed": result.episode.seed,
                 "plan/predicted_return": result.predicted_return,
-                "plan/noise_std": noise_std,
                 "time/plan_ms": result.plan_ms,
                 "time/env_ms": result.env_ms,
                 "time/seconds": self.progress.seconds,
                 "total/env_steps": self.progress.env_steps,
                 "total/updates": self.updates,
-                **learning,
+                **metrics,
             }
             self.log.episode(record)
             self.display.episode(record)
-        if _crossed(config.eval.every, before, self.progress.episodes):
-            self.evaluate()
-        if _crossed(config.checkpoint.every, before, self.progress.episodes):
-            self.save()
 
     def job(self, number: int) -> Job:
         """Training episode ``number``: its seed and key follow from the run's seed alone."""
-        seed = np.random.default_rng([self.config.seed, number]).integers(2**31 - 1)
+        seed = np.random.default_rng([1, self.config.seed, number]).integers(2**31 - 1)
         return Job(int(seed), jax.random.fold_in(self.key, number))
 
-    def learn(self, learning_steps: int) -> dict[str, float]:
+    def learn(self) -> dict[str, float]:
         """Catch up with the update-to-data ratio; the mean of each metric over these updates."""
         config = self.config
-        owed = int(learning_steps * config.learn.updates_per_step) - self.updates
+        # The ratio is a decimal: a hair is added so that 0.1 of 30 steps is 3, however it rounds.
+        due = int(self.progress.learning_steps * config.learn.updates_per_step + 1e-6)
+        owed = due - self.updates
         if owed <= 0 or not self.replay.ready:
             return {}
         self.display.phase(f"learning: {owed} updates")
@@ -201,7 +210,7 @@ class _Run:
         metrics = []
         for _ in range(owed):
             self.check()
-            rng = np.random.default_rng([self.config.seed, 1, self.updates])
+            rng = np.random.default_rng([2, self.config.seed, self.updates])
             batch = self.replay.sample(rng, config.learn.batch_size)
             # The next batch is drawn while the device works, but only one ahead.
             jax.block_until_ready(metrics[-1:])
@@ -210,6 +219,7 @@ class _Run:
             metrics.append(values)
         means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         means["time/update_ms"] = 1e3 * (time.perf_counter() - start) / owed
+        self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
         return means
 
     def evaluate(self) -> None:
