@@ -10,26 +10,27 @@ BIN     = $(VENV)/bin
 
 # The GPU extra follows from the CUDA version that the driver supports.
 CUDA   := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -1)
-GPU    := $(if $(filter 12,$(CUDA)),cuda12,$(if $(CUDA),cuda13))
+GPU    := $(if $(filter 12 13,$(CUDA)),cuda$(CUDA))
 PRESET ?= $(if $(GPU),paper,cpu)
 COMMA  := ,
+READY   = $(VENV)/installed-$(subst $(COMMA),-,$(EXTRAS))
 
 .PHONY: train test lint bench clean
 
-train: $(VENV)/installed
+train: $(READY)
 	$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
 
-test: $(VENV)/installed
+test: $(READY)
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(VENV)/installed
+bench: $(READY)
 	$(BIN)/python benchmarks/planner_hz.py
 	$(BIN)/python benchmarks/update_hz.py
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)$(if $(GPU),$(COMMA)$(GPU))]'
 	touch $@

@@ -93,7 +93,7 @@ def dynamics_products(model: ModelConfig, batch: int) -> Products:
         one = residual_products(
             batch, model.latent_dim + chunk, model.mlp_width, model.mlp_depth, model.latent_dim
         )
-        return Counter({shape: model.horizon * count for shape, count in one.items()})
+        return scaled(one, model.horizon)
     rows, width, hidden = (
         batch * (model.horizon + 1),
         model.transformer_width,

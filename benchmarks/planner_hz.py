@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
 
-    rng = np.random.default_rng(0)
+    rng, key = np.random.default_rng(0), jax.random.key(1)
     rows = []
     base = PRESETS[arguments.preset]
     for name in ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"):
@@ -43,14 +44,14 @@ def main() -> None:
             model=dataclasses.replace(base.model, dynamics=dynamics),
             planner=dataclasses.replace(base.planner, diffusion_steps=int(steps or 1)),
         )
-        params = init_params(jax.random.key(0), measure.example_observation(rng), config=config)
-        keys = jax.random.split(jax.random.key(1), 10_000)
-        calls = iter(range(len(keys)))
+        # Each call takes an observation from the host and puts the actions back there.
+        observations = [measure.example_observation(rng) for _ in range(16)]
+        params = init_params(jax.random.key(0), observations[0], config=config)
+        number = itertools.count()
 
-        def call(params=params, keys=keys, calls=calls, config=config):
-            # A fresh observation from the host each time, and the actions back on the host.
-            observation = measure.example_observation(rng)
-            return np.asarray(plan(params, observation, keys[next(calls)], config=config).actions)
+        def call(params=params, observations=observations, number=number, config=config):
+            observation = observations[next(number) % len(observations)]
+            return np.asarray(plan(params, observation, key, config=config).actions)
 
         compiling = measure.compile_seconds(call)
         times = measure.time_calls(call, arguments.seconds)

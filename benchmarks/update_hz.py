@@ -16,6 +16,7 @@ import numpy as np
 
 from valdi_jax import PRESETS, Batch, init_state, update
 from valdi_jax.config import Config
+from valdi_jax.encoder import CONVOLUTIONS
 
 
 def encoder_products(config: Config, images: int) -> measure.Products:
@@ -23,10 +24,7 @@ def encoder_products(config: Config, images: int) -> measure.Products:
     model = config.model
     products = Counter()
     size, channels = 96, 3
-    # (kernel, stride, padding) of the convolutions
-    for width, (kernel, stride, padding) in zip(
-        model.cnn_channels, ((5, 3, 2), (3, 2, 1), (3, 2, 1), (3, 2, 1), (4, 1, 0)), strict=True
-    ):
+    for width, (kernel, stride, padding) in zip(model.cnn_channels, CONVOLUTIONS, strict=True):
         size = (size + 2 * padding - kernel) // stride + 1
         products[images * size**2, kernel**2 * channels, width] += 1
         channels = width

@@ -50,10 +50,27 @@ def test_only_the_newest_checkpoints_are_kept(run, state):
     assert checkpoint.latest(run).name == "00000003"
 
 
-def test_an_unfinished_checkpoint_does_not_count(run, state):
+def test_an_unfinished_checkpoint_does_not_count_and_is_swept_away(run, state):
     checkpoint.save(run, state, Progress(episodes=1), keep=2)
     (run / "checkpoints" / "partial-00000002").mkdir()
     assert checkpoint.latest(run).name == "00000001"
+    checkpoint.save(run, state, Progress(episodes=3), keep=2)
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["00000001", "00000003"]
+
+
+def test_a_checkpoint_can_be_written_again(run, state):
+    for seconds in (1.0, 2.0):
+        path = checkpoint.save(run, state, Progress(episodes=1, seconds=seconds), keep=1)
+    assert checkpoint.load(path, EXAMPLE, CONFIG)[1].seconds == 2.0
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000001"]
+
+
+def test_damaged_counters_are_refused_by_name(run, state):
+    path = checkpoint.save(run, state, Progress(episodes=1), keep=2)
+    for content in ("", "{}", "[]", '{"episodes": "x"}'):
+        (path / "progress.json").write_text(content)
+        with pytest.raises(UsageError, match=r"cannot read .*progress\.json"):
+            checkpoint.load(path, EXAMPLE, CONFIG)
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_by_name(run, state):
@@ -130,9 +147,12 @@ def test_an_episode_survives_the_round_trip(run):
 def test_a_damaged_episode_is_refused_by_name(run):
     checkpoint.save_episode(run, 3, episode(3, 20))
     path = run / "replay" / "00000003.npz"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz"):
-        checkpoint.load_episode(run, 3)
+    intact = path.read_bytes()
+    damaged = [intact[:-30], b"", intact[:100] + bytes([intact[100] ^ 255]) + intact[101:]]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz"):
+            checkpoint.load_episode(run, 3)
 
 
 def test_old_episodes_are_pruned(run):

@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from toy import CONFIG, Counting, make_counting
+from toy import CONFIG, Counting
 
 from valdi_jax.collect import Job, drive, exploration_noise
 from valdi_jax.config import CollectConfig
@@ -102,7 +102,3 @@ def test_exploration_noise_is_held_and_then_falls():
     np.testing.assert_allclose(noise, [0.25, 0.25, 0.25, 0.15, 0.05, 0.05])
     steady = dataclasses.replace(config, noise_decay=0)
     assert exploration_noise(300, steady) == pytest.approx(0.05)
-
-
-def test_the_toy_environment_can_be_made_from_a_configuration():
-    assert make_counting(CONFIG.env).max_steps == CONFIG.env.max_steps

@@ -41,14 +41,30 @@ def test_presets_are_valid_and_hashable(preset):
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("planner", {"elites": 600}, "--planner.elites is 600; it must be between 2 and"),
-        ("planner", {"iterations": 0}, "--planner.iterations is 0; it must be above 0"),
-        ("planner", {"diffusion_steps": 1001}, "must be at most --model.diffusion-timesteps"),
-        ("learn", {"batch_size": 0}, "--learn.batch-size is 0; it must be above 0"),
-        ("learn", {"discount": 1.5}, "--learn.discount is 1.5"),
-        ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be above 0"),
-        ("env", {"max_steps": 17}, "a training segment alone takes 18 environment steps"),
-        ("eval", {"tracks": 101}, "there are 100 fixed tracks"),
+        ("planner", {"elites": 600}, "--planner.elites is 600; it must be at most 512"),
+        ("planner", {"iterations": 0}, "--planner.iterations is 0; it must be at least 1"),
+        (
+            "planner",
+            {"diffusion_steps": 1001},
+            "--planner.diffusion-steps is 1001; it must be at most 1000",
+        ),
+        ("learn", {"batch_size": 0}, "--learn.batch-size is 0; it must be at least 1"),
+        ("learn", {"discount": 1.5}, "--learn.discount is 1.5; it must be above 0 and at most 1"),
+        ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be at least 1"),
+        ("env", {"max_steps": 17}, "--env.max-steps is 17; it must be at least 18"),
+        ("eval", {"tracks": 101}, "--eval.tracks is 101; it must be at most 100"),
+        ("env", {"patience": -5}, "--env.patience is -5; it must be at least 0"),
+        ("learn", {"ema_rate": 5.0}, "--learn.ema-rate is 5.0; it must be above 0 and at most 1"),
+        ("learn", {"sigreg_knots": 1}, "--learn.sigreg-knots is 1; it must be at least 2"),
+        ("collect", {"noise_start": float("nan")}, "--collect.noise-start is nan"),
+        ("collect", {"seed_episodes": -3}, "--collect.seed-episodes is -3"),
+        ("model", {"transformer_heads": 3}, "must be a multiple of --model.transformer-heads"),
+        (
+            "model",
+            {"transformer_width": 32},
+            "--model.transformer-width is 32; it must be at least",
+        ),
+        ("model", {"cnn_channels": (4, 8)}, "must be five numbers above 0"),
     ],
 )
 def test_values_out_of_range_are_named(section, change, message):

@@ -1,4 +1,6 @@
 import functools
+import os
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +10,7 @@ from toy import Counting
 
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs import Patience, evaluation_seeds, make_env
-from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
+from valdi_jax.envs.carracing import ThroughTerminals, make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.workers import LocalPool, WorkerPool
 from valdi_jax.errors import UsageError
 
@@ -99,6 +101,50 @@ def test_patience_truncates_after_steps_in_a_row_without_reward():
     for _ in range(2):  # the count starts anew with the episode
         env.reset()
         assert [env.step(None)[3] for _ in range(8)] == [False] * 7 + [True]
+
+
+class Ending(Rewards):
+    """Terminal from the third step on, cut off after the fifth."""
+
+    def step(self, action):
+        observation, reward, _, _, info = super().step(action)
+        self.steps += 1
+        return observation, reward, self.steps >= 3, self.steps >= 5, info
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return super().reset(**kwargs)
+
+
+def test_a_score_counts_every_frame_terminal_or_not():
+    env = ThroughTerminals(Ending([1, 2, 3, 4, 5]))
+    for _ in range(2):
+        env.reset()
+        steps = [env.step(None) for _ in range(5)]
+        assert [s[1] for s in steps] == [1, 2, 3, 4, 5]
+        assert [s[2] for s in steps] == [False] * 4 + [True]
+        assert [s[3] for s in steps] == [False] * 4 + [True]
+
+
+def test_only_scoring_drives_through_terminals():
+    for training in (True, False):
+        env, wrappers = make_env(EnvConfig(patience=5), training=training), []
+        while isinstance(env, gym.Wrapper):
+            wrappers.append(type(env))
+            env = env.env
+        assert (ThroughTerminals in wrappers) == (not training)
+        assert (Patience in wrappers) == training
+
+
+def test_workers_leave_signals_to_the_parent():
+    pool = WorkerPool(Counting, 1)
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):  # while the worker is still starting
+            os.kill(pool._processes[0].pid, signum)
+        assert pool.reset({0: 7})[0].vector[0] == 7
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        pool.close()
 
 
 def test_worker_processes_answer_as_a_local_environment_does():

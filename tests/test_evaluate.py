@@ -31,6 +31,8 @@ def test_the_summary_by_hand():
 
 def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsys):
     path = tmp_path / "out.json"
+    evaluate.main([str(run), "--tracks", "1", "--json", str(path)])
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
     arguments = [str(run), "--tracks", "2", "--diffusion-steps", "1", "2", "--json", str(path)]
     assert evaluate.main(arguments) == 0
     results = json.loads(path.read_text())["results"]
@@ -71,8 +73,9 @@ def test_a_drive_can_be_recorded(run, tmp_path, suffix):
         (["{run}", "--tracks", "101"], "between 1 and 100"),
         (["{run}", "--trakcs", "1"], "unknown option --trakcs: did you mean --tracks"),
         (["{run}", "--video", "x.avi"], "writes .gif or .mp4"),
-        (["{run}", "--video", "no/dir/x.gif"], "there is no directory"),
-        (["{run}", "--json", "no/dir/x.json"], "no such directory"),
+        (["{run}", "--video", "no/dir/x.gif"], "cannot write no/dir/x.gif"),
+        (["{run}", "--json", "no/dir/x.json"], "cannot write no/dir/x.json"),
+        (["{run}", "--json", "/"], "cannot write /: Is a directory"),
         (["{run}", "--diffusion-steps", "1001"], "must be at most"),
         (["{run}", "--num-envs", "0"], "must be above 0"),
     ],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax.config import PRESETS, ModelConfig
+from valdi_jax.config import PRESETS
 from valdi_jax.dynamics import init_dynamics, velocity
 from valdi_jax.model import encode, encode_targets, init_params
 from valdi_jax.types import Observation
@@ -26,6 +26,16 @@ def test_every_imagined_step_sees_the_whole_sequence():
     for argument, jacobian in enumerate(jax.jacobian(predict, (0, 1, 2))(z, actions, noised)):
         influence = np.abs(jacobian).sum(-1)
         assert np.all(influence > 0), f"argument {argument} is not seen from everywhere"
+
+
+def test_any_leading_axes_are_a_batch():
+    params = init_dynamics(jax.random.key(0), config=SMALL)
+    z = jax.random.normal(jax.random.key(1), (2, 3, SMALL.latent_dim))
+    actions = jax.random.normal(jax.random.key(2), (2, 3, SMALL.horizon, 9))
+    noised = jax.random.normal(jax.random.key(3), (2, 3, SMALL.horizon, SMALL.latent_dim))
+    out = velocity(params, z, actions, noised, jnp.zeros((2, 3), jnp.int32), config=SMALL)
+    one = velocity(params, z[1, 2], actions[1, 2], noised[1, 2], jnp.int32(0), config=SMALL)
+    np.testing.assert_allclose(out[1, 2], one, atol=1e-5)
 
 
 def test_markers_tell_positions_apart():
@@ -82,8 +92,3 @@ def test_targets_are_the_encoders_latents_without_gradient():
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     grads = jax.grad(lambda p: encode_targets(p, observations, config=config).sum())(params)
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
-
-
-def test_the_default_sizes_are_the_papers():
-    model = ModelConfig()
-    assert (model.latent_dim, model.horizon, model.chunk) == (64, 5, 3)

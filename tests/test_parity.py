@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import PARITY
 
 from valdi_jax import diffusion, dynamics, model, planner
 from valdi_jax.convert import parameter_names
@@ -70,9 +73,22 @@ def test_imagination(parity):
         assert_close(ours, parity[f"ddim_{steps}"], 1e-5)
 
 
-def test_noise_schedule(parity):
-    if "alphas_cumprod" in parity.numbers:
-        assert_close(diffusion.alpha_bars(1000), parity["alphas_cumprod"], 1e-5)
+def test_noise_schedule():
+    with np.load(PARITY / "official_diffusion.npz", allow_pickle=False) as numbers:
+        assert_close(diffusion.alpha_bars(1000), numbers["alphas_cumprod"], 1e-5)
+
+
+def test_the_trajectory_that_the_heads_are_trained_on(parity):
+    z = jnp.asarray(parity["latent"][:, 0])
+    _, predicted = dynamics.training_prediction(
+        parity.params["dynamics"],
+        z,
+        parity["actions"][:, :5],
+        jnp.asarray(parity["target_latent"][:, 1:6]),
+        parity.draws,
+        config=parity.config.model,
+    )
+    assert_close(np.concatenate([z[:, None], predicted], axis=1), parity["trajectory"], 1e-5)
 
 
 def test_planner_score(parity):
@@ -122,8 +138,6 @@ def test_gradients(parity):
 
 
 def reference_tensor_probe(name, shape):
-    import zlib
-
     return np.random.RandomState(zlib.crc32(f"public:probe:{name}".encode())).standard_normal(shape)
 
 

@@ -14,6 +14,7 @@ from toy import CONFIG, make_counting
 from valdi_jax import checkpoint, cli
 from valdi_jax import train as train_module
 from valdi_jax.config import PRESETS
+from valdi_jax.envs import make_env
 from valdi_jax.errors import UsageError
 from valdi_jax.progress import read_jsonl
 from valdi_jax.train import parse_arguments, train
@@ -67,18 +68,23 @@ def test_a_resumed_run_equals_a_straight_one(straight, tmp_path):
     assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
 
 
-def test_an_interrupted_run_is_saved_and_loses_no_episode(straight, tmp_path):
+# Resets before the interrupt, two of them in each evaluation, and the episodes saved by then.
+@pytest.mark.parametrize(("interrupted_at", "episodes"), [(1, 0), (4, 2), (6, 3), (8, 4)])
+def test_an_interrupted_run_is_saved_and_loses_nothing(
+    straight, tmp_path, interrupted_at, episodes
+):
     _, state, _ = straight
     resets = []
 
     class Interrupting:
-        def __init__(self, config):
-            self.env = make_counting(config)
+        def __init__(self, config, training):
+            self.env = make_counting(config, training=training)
             self.observation_space, self.close = self.env.observation_space, self.env.close
+            self.action_space = self.env.action_space
 
         def reset(self, seed):
             resets.append(seed)
-            if len(resets) == 4:
+            if len(resets) == interrupted_at:
                 os.kill(os.getpid(), signal.SIGINT)
             return self.env.reset(seed=seed)
 
@@ -87,9 +93,18 @@ def test_an_interrupted_run_is_saved_and_loses_no_episode(straight, tmp_path):
 
     with pytest.raises(cli.Interrupted, match="SIGINT"):
         run(tmp_path / "run", 5, make=Interrupting)
-    assert checkpoint.latest(tmp_path / "run").name == "00000003"
+    assert checkpoint.latest(tmp_path / "run").name == f"{episodes:08d}"
     resumed, _ = run(tmp_path / "run", 5, resume=True)
     chex.assert_trees_all_equal(resumed.params, state.params)
+    for name in ("metrics", "evaluations"):
+        ours, theirs = (
+            [
+                (r["episode"], r.get("episode/return"), r.get("returns"))
+                for r in read_jsonl(directory / f"{name}.jsonl")
+            ]
+            for directory in (tmp_path / "run", straight[0])
+        )
+        assert ours == theirs
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -113,6 +128,48 @@ def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
     chex.assert_trees_all_equal(resumed.params, state.params)
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(straight, tmp_path, monkeypatch):
+    _, state, _ = straight
+    monkeypatch.setattr(train_module, "drive", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", 5)
+    monkeypatch.undo()
+    resumed, _ = run(tmp_path / "run", 5, resume=True)
+    chex.assert_trees_all_equal(resumed.params, state.params)
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(tmp_path):
+    run(tmp_path / "run", 2)
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
+    _, output = run(tmp_path / "run", 2, resume=True)
+    assert "nothing to do: 2 of 2 episodes" in output
+    assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
+
+
+def test_a_longer_run_remembers_its_length(tmp_path):
+    run(tmp_path / "run", 2)
+    run(tmp_path / "run", 3, resume=True)
+    assert checkpoint.load_config(tmp_path / "run").collect.episodes == 3
+
+
+def test_several_environments_resume_exactly(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, collect=dataclasses.replace(CONFIG.collect, num_envs=2, seed_episodes=1)
+    )
+    straight, _ = run(tmp_path / "straight", 6, config=config)
+    run(tmp_path / "run", 4, config=config)
+    resumed, _ = run(tmp_path / "run", 6, config=config, resume=True)
+    assert int(straight.step) == 15  # five episodes of 30 steps, a tenth of an update each
+    chex.assert_trees_all_equal(resumed.params, straight.params)
+
+
+def test_an_environment_with_other_actions_is_refused_before_anything_is_written(tmp_path):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, action_dim=2))
+    with pytest.raises(UsageError, match=r"--model.action-dim is 2, .* shape \(3,\)"):
+        run(tmp_path / "run", 2, config=config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
@@ -139,7 +196,7 @@ def test_carracing_trains_evaluates_and_resumes_on_worker_processes(tmp_path):
         collect=dataclasses.replace(base.collect, seed_episodes=2, num_envs=2),
         eval=dataclasses.replace(base.eval, every=4),
     )
-    state, output = run(tmp_path / "run", 4, config=config, make=None)
+    state, output = run(tmp_path / "run", 4, config=config, make=make_env)
     assert int(state.step) == 4  # two episodes of 24 steps
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     (evaluation,) = read_jsonl(tmp_path / "run" / "evaluations.jsonl")

@@ -13,7 +13,7 @@ CONFIG: Config = dataclasses.replace(
     PRESETS["tiny"],
     env=dataclasses.replace(PRESETS["tiny"].env, name="toy", max_steps=30),
     learn=dataclasses.replace(PRESETS["tiny"].learn, batch_size=8),
-    eval=dataclasses.replace(PRESETS["tiny"].eval, every=0),
+    eval=dataclasses.replace(PRESETS["tiny"].eval, every=2, tracks=2),
 )
 
 
@@ -48,5 +48,5 @@ class Counting(gym.Env):
         return {"vector": np.array([self.seed, self.steps], np.float32)}
 
 
-def make_counting(config, **settings) -> Counting:
+def make_counting(config, *, training, **settings) -> Counting:
     return Counting(max_steps=config.max_steps, **settings)

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ from valdi_jax.model import init_params
 from valdi_jax.replay import Episode
 from valdi_jax.types import AgentState, Observation, Params
 from valdi_jax.update import init_state
+
+_UNFINISHED = ("partial", "replaced")  # prefixes of checkpoints that do not count
+
+# What reading a damaged .npz file raises, depending on where the damage is.
+_DAMAGED = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,18 @@ def create_run(run_dir: Path, config: Config) -> None:
     Raises:
         UsageError: if the directory cannot be written, or already holds a run.
     """
-    if (run_dir / "config.json").exists():
-        raise UsageError(f"{run_dir} already holds a run: continue it with --resume {run_dir}")
     try:
+        if (run_dir / "config.json").exists():
+            raise UsageError(f"{run_dir} already holds a run: continue it with --resume {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "config.json", to_dict(config))
+        save_config(run_dir, config)
     except OSError as error:
         raise UsageError(f"cannot write to {run_dir}: {error.strerror}") from error
+
+
+def save_config(run_dir: Path, config: Config) -> None:
+    """Write the configuration of a run."""
+    write_json(run_dir / "config.json", to_dict(config))
 
 
 def load_config(run_dir: Path) -> Config:
@@ -67,11 +78,15 @@ def load_config(run_dir: Path) -> Config:
         UsageError: if this is not a run directory, or its configuration is not valid.
     """
     path = run_dir / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
     try:
-        return from_dict(json.loads(path.read_text()))
-    except (UsageError, ValueError, OSError) as error:
+        if not path.is_file():
+            raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
+        data = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} is not a valid configuration: {error}") from error
+    try:
+        return from_dict(data)
+    except UsageError as error:
         raise UsageError(f"{path} is not a valid configuration: {error}") from error
 
 
@@ -81,16 +96,19 @@ def save(run_dir: Path, state: AgentState, progress: Progress, *, keep: int) -> 
     Returns: the checkpoint's directory.
     """
     final = run_dir / "checkpoints" / f"{progress.episodes:08d}"
-    partial = final.with_name(f"partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (final.with_name(f"{kind}-{final.name}") for kind in _UNFINISHED)
+    for kind in _UNFINISHED:  # what an earlier kill may have left
+        for leftover in final.parent.glob(f"{kind}-*"):
+            shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     _save_tree(partial / "params", state.params)
     _save_tree(partial / "training", _training_tree(state))
     write_json(partial / "progress.json", dataclasses.asdict(progress))
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    for old in [replaced, *checkpoints(run_dir)[:-keep]]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -158,7 +176,20 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
         step=training["step"],
         key=jax.random.wrap_key_data(training["key"]),
     )
-    return state, Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    return state, _load_progress(checkpoint / "progress.json")
+
+
+def _load_progress(path: Path) -> Progress:
+    try:
+        data = json.loads(path.read_text())
+        return Progress(
+            episodes=int(data["episodes"]),
+            env_steps=int(data["env_steps"]),
+            learning_steps=int(data["learning_steps"]),
+            seconds=float(data["seconds"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"cannot read {path}: {error!r}") from error
 
 
 def save_episode(run_dir: Path, number: int, episode: Episode) -> None:
@@ -193,17 +224,17 @@ def load_episode(run_dir: Path, number: int) -> Episode:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read the episode {path}: {error}") from error
-    terminated, truncated = (bool(flag) for flag in arrays["flags"])
-    return Episode(
-        observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
-        actions=arrays["actions"],
-        rewards=arrays["rewards"],
-        terminated=terminated,
-        truncated=truncated,
-        seed=int(arrays["seed"]),
-    )
+        terminated, truncated = (bool(flag) for flag in arrays["flags"])
+        return Episode(
+            observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
+            actions=arrays["actions"],
+            rewards=arrays["rewards"],
+            terminated=terminated,
+            truncated=truncated,
+            seed=int(arrays["seed"]),
+        )
+    except _DAMAGED as error:
+        raise UsageError(f"cannot read the episode {path}: {error!r}") from error
 
 
 def prune_episodes(run_dir: Path, *, before: int) -> None:
@@ -236,7 +267,7 @@ def _load_tree(path: Path, template: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path.absolute()).item_metadata.tree
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
         found = _shapes(stored)
         expected = _shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
@@ -246,7 +277,10 @@ def _load_tree(path: Path, template: Any) -> Any:
                     f"{path} does not fit this configuration: {name} is "
                     f"{found.get(name, 'absent')} there, {expected.get(name, 'absent')} here"
                 )
-        return checkpointer.restore(path.absolute(), template)
+        try:
+            return checkpointer.restore(path.absolute(), template)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

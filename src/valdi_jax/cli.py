@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -106,8 +107,12 @@ class Interrupted(Exception):
 def interruptible() -> Iterator[Callable[[], None]]:
     """Turn SIGINT and SIGTERM into an `Interrupted` at the next call of the function yielded.
 
-    A second signal interrupts at once.
+    A second signal interrupts at once. Outside the main thread, where Python allows no signal
+    handlers, the function does nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     received: list[int] = []
 
     def handle(signum, frame):

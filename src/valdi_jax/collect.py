@@ -32,8 +32,8 @@ class Driven:
 
     episode: Episode
     predicted_return: float  # mean over the decisions of what the planner expected
-    plan_ms: float  # wall time of one planner call, mean over the decisions
-    env_ms: float  # wall time of one chunk of environment steps, mean over the decisions
+    plan_ms: float  # wall time of one planner call, median over the decisions
+    env_ms: float  # wall time of one chunk of environment steps, median over the decisions
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -140,8 +140,8 @@ def drive(
             slot.rewards += steps.rewards
             slot.decisions += 1
             slot.predicted += float(predicted[index])
-            slot.plan_seconds += planned - start
-            slot.env_seconds += stepped - planned
+            slot.plan_seconds.append(planned - start)
+            slot.env_seconds.append(stepped - planned)
             if steps.terminated or steps.truncated:
                 finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
                 del slots[index]
@@ -158,8 +158,8 @@ class _Slot:
     rewards: list[float] = dataclasses.field(default_factory=list)
     decisions: int = 0
     predicted: float = 0.0
-    plan_seconds: float = 0.0
-    env_seconds: float = 0.0
+    plan_seconds: list[float] = dataclasses.field(default_factory=list)
+    env_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def finish(self, terminated: bool, truncated: bool) -> Driven:
         episode = Episode(
@@ -173,6 +173,6 @@ class _Slot:
         return Driven(
             episode,
             predicted_return=self.predicted / self.decisions,
-            plan_ms=1e3 * self.plan_seconds / self.decisions,
-            env_ms=1e3 * self.env_seconds / self.decisions,
+            plan_ms=1e3 * float(np.median(self.plan_seconds)),
+            env_ms=1e3 * float(np.median(self.env_seconds)),
         )

@@ -7,7 +7,9 @@ hashable, so that a jitted function takes one as a static argument.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -42,7 +44,7 @@ class ModelConfig:
     chunk: int = 3
     """Environment steps C in one world-model step."""
     action_dim: int = 3
-    """Action size A. Set from the environment."""
+    """Action size A; it must be the environment's."""
     encoder_width: int = 256
     """Width of each modality's embedding."""
     cnn_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
@@ -255,59 +257,62 @@ def validate(config: Config) -> None:
     Raises:
         UsageError: naming the first field that is out of range.
     """
-    positive = {
-        "env": ("max_steps",),
-        "model": tuple(
-            f.name for f in dataclasses.fields(ModelConfig) if isinstance(f.default, int)
-        ),
-        "planner": ("candidates", "iterations", "diffusion_steps"),
-        "learn": ("batch_size", "learning_rate", "max_grad_norm", "sigreg_directions"),
-        "collect": ("episodes", "num_envs"),
-        "replay": ("capacity",),
-        "eval": ("tracks",),
-        "checkpoint": ("every", "keep"),
+    model = config.model
+    counts = [f"model.{f.name}" for f in dataclasses.fields(model) if isinstance(f.default, int)]
+    counts += ["env.max_steps", "planner.candidates", "planner.iterations"]
+    counts += ["planner.diffusion_steps", "learn.batch_size", "learn.sigreg_directions"]
+    counts += ["collect.episodes", "collect.num_envs", "replay.capacity", "eval.tracks"]
+    counts += ["checkpoint.every", "checkpoint.keep"]
+    least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
+    least |= {"env.max_steps": config.segment_steps}  # or no episode holds a training segment
+    least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
+    least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}
+    least |= {"collect.noise_start": 0, "collect.noise_end": 0}
+    least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}
+    most = {
+        "planner.elites": config.planner.candidates,
+        "planner.diffusion_steps": model.diffusion_timesteps,
+        "eval.tracks": 100,
+        "learn.sigreg_weight": 1,
     }
-    for section, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if not value > 0:
-                raise UsageError(f"--{section}.{_dashed(name)} is {value}; it must be above 0")
-    rules = [
-        (
-            2 <= config.planner.elites <= config.planner.candidates,
-            f"--planner.elites is {config.planner.elites}; it must be between 2 and "
-            f"--planner.candidates ({config.planner.candidates})",
-        ),
-        (
-            config.planner.diffusion_steps <= config.model.diffusion_timesteps,
-            f"--planner.diffusion-steps is {config.planner.diffusion_steps}; it must be at most "
-            f"--model.diffusion-timesteps ({config.model.diffusion_timesteps})",
-        ),
-        (
-            0 < config.learn.discount <= 1,
-            f"--learn.discount is {config.learn.discount}; it must be above 0 and at most 1",
-        ),
-        (
-            config.learn.updates_per_step >= 0,
-            f"--learn.updates-per-step is {config.learn.updates_per_step}; it must not be negative",
-        ),
-        (
-            config.eval.tracks <= 100,
-            f"--eval.tracks is {config.eval.tracks}; there are 100 fixed tracks",
-        ),
-        (
-            config.env.max_steps >= config.segment_steps,
-            f"--env.max-steps is {config.env.max_steps}; a training segment alone takes "
-            f"{config.segment_steps} environment steps",
-        ),
-    ]
-    for holds, sentence in rules:
-        if not holds:
-            raise UsageError(sentence)
+    shares = ("learning_rate", "ema_rate", "discount", "adam_b1", "adam_b2")
+    for name, value in _leaves(to_dict(config)):
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{option} is {value}; it must be a finite number")
+        if name in least and value < least[name]:
+            raise UsageError(f"{option} is {value}; it must be at least {least[name]}")
+        if name in most and value > most[name]:
+            raise UsageError(f"{option} is {value}; it must be at most {most[name]}")
+        if name.removeprefix("learn.") in shares and not 0 < value <= 1:
+            raise UsageError(f"{option} is {value}; it must be above 0 and at most 1")
+    if not config.learn.max_grad_norm > 0:
+        raise UsageError(
+            f"--learn.max-grad-norm is {config.learn.max_grad_norm}; it must be above 0"
+        )
+    if len(model.cnn_channels) != 5 or min(model.cnn_channels) < 1:
+        raise UsageError(
+            f"--model.cnn-channels is {model.cnn_channels}; it must be five numbers above 0"
+        )
+    if model.transformer_width % model.transformer_heads:
+        raise UsageError(
+            f"--model.transformer-width is {model.transformer_width}; it must be a multiple of "
+            f"--model.transformer-heads ({model.transformer_heads})"
+        )
+    token = model.timestep_dim + model.chunk * model.action_dim + model.latent_dim + 1
+    if model.transformer_width < token:
+        raise UsageError(
+            f"--model.transformer-width is {model.transformer_width}; it must be at least {token}, "
+            "the sizes of a timestep, an action chunk and a latent, and one for the marker"
+        )
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _leaves(data: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

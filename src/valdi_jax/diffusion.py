@@ -19,17 +19,17 @@ def alpha_bars(timesteps: int) -> np.ndarray:
 
 
 def add_noise(clean: Array, noise: Array, alpha_bar: Array) -> Array:
-    """Noised sample at a timestep; ``alpha_bar`` broadcasts against the samples."""
+    """Noised sample [...] from a clean one [...] and noise [...]; alpha_bar broadcasts to [...]."""
     return jnp.sqrt(alpha_bar) * clean + jnp.sqrt(1 - alpha_bar) * noise
 
 
 def velocity_target(clean: Array, noise: Array, alpha_bar: Array) -> Array:
-    """The velocity that the network regresses (equation 7)."""
+    """The velocity [...] that the network regresses (equation 7); shapes as in `add_noise`."""
     return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * clean
 
 
 def denoise(noised: Array, velocity: Array, alpha_bar: Array) -> Array:
-    """One-step estimate of the clean sample (equation 1)."""
+    """One-step estimate [...] of the clean sample (equation 1); shapes as in `add_noise`."""
     return jnp.sqrt(alpha_bar) * noised - jnp.sqrt(1 - alpha_bar) * velocity
 
 

@@ -11,7 +11,7 @@ from valdi_jax.layers import MLP, Conv, Linear, gelu, layer_norm
 from valdi_jax.types import Array, Observation
 
 # (kernel, stride, padding) of the five convolutions; 96 x 96 pixels end as 1 x 1.
-_CONVOLUTIONS = ((5, 3, 2), (3, 2, 1), (3, 2, 1), (3, 2, 1), (4, 1, 0))
+CONVOLUTIONS = ((5, 3, 2), (3, 2, 1), (3, 2, 1), (3, 2, 1), (4, 1, 0))
 _IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 _IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
             x = observation.image.reshape((-1, *observation.image.shape[-3:]))
             x = (x.astype(jnp.float32) / 255 - _IMAGENET_MEAN) / _IMAGENET_STD
             for i, (channels, shape) in enumerate(
-                zip(config.cnn_channels, _CONVOLUTIONS, strict=True)
+                zip(config.cnn_channels, CONVOLUTIONS, strict=True)
             ):
                 x = gelu(Conv(channels, *shape, name=f"conv_{i}")(x))
             x = x.reshape((*lead, -1))

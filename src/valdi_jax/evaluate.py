@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium as gym
 import jax
 import numpy as np
 import tyro
@@ -52,46 +53,52 @@ def evaluate(
     *,
     tracks: int = 100,
     num_envs: int = 1,
-    on_decision=lambda: None,
+    make: Callable[..., gym.Env] = make_env,
+    on_decision: Callable[[], None] = lambda: None,
 ) -> list[Driven]:
     """Drive the first of the fixed tracks without exploration noise.
 
     The planner's keys follow from the track's seed, so the same parameters drive the same way.
+    A CarRacing episode is scored over all its frames, terminal or not, as in the paper.
 
     Args:
         params: parameters of all networks.
         config: the run's configuration.
         tracks: how many, 1 .. 100.
         num_envs: environments driven in parallel.
+        make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
 
     Returns: one result a track, in order.
     """
-    pool = make_pool(functools.partial(make_env, config.env, training=False), num_envs)
-    key = jax.random.key(0)
-    jobs = [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(tracks)]
+    pool = make_pool(functools.partial(make, config.env, training=False), num_envs)
     try:
-        return drive(params, pool, jobs, config=config, on_decision=on_decision)
+        return drive(params, pool, _jobs(tracks), config=config, on_decision=on_decision)
     finally:
         pool.close()
 
 
-def summary(returns: Sequence[float]) -> dict[str, float]:
-    """Mean, its standard error, median and interquartile mean."""
+def _jobs(tracks: int) -> list[Job]:
+    key = jax.random.key(0)
+    return [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(tracks)]
+
+
+def summary(returns: Sequence[float]) -> dict[str, float | None]:
+    """Mean, its standard error (none for a single return), median and interquartile mean."""
     ordered = np.sort(np.asarray(returns, np.float64))
     count = len(ordered)
     quarter = count // 4
-    error = ordered.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    error = float(ordered.std(ddof=1) / math.sqrt(count)) if count > 1 else None
     return {
         "mean": float(ordered.mean()),
-        "standard_error": float(error),
+        "standard_error": error,
         "median": float(np.median(ordered)),
         "interquartile_mean": float(ordered[quarter : count - quarter].mean()),
     }
 
 
 def record_video(params: Params, config: Config, path: Path) -> Driven:
-    """Record a drive on the first fixed track.
+    """Record the drive on the first fixed track, the same that `evaluate` scores.
 
     Raises:
         UsageError: if the file cannot be written, or the optional dependency is missing.
@@ -100,32 +107,42 @@ def record_video(params: Params, config: Config, path: Path) -> Driven:
     env = make_env(config.env, training=False, render_mode="rgb_array")
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
-    job = Job(evaluation_seeds(1)[0], jax.random.key(0))
-    (driven,) = drive(params, pool, [job], config=config)
+    (driven,) = drive(params, pool, _jobs(1), config=config)
     write(env.render())
     pool.close()
     return driven
 
 
-def _video_writer(path: Path):
+def _video_writer(path: Path) -> Callable[[list[np.ndarray]], None]:
     """A function that writes frames to ``path``, checked before anything is driven."""
     if path.suffix not in (".gif", ".mp4"):
         raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no directory {path.parent}")
+    _check_writable(path)
     try:
         import imageio.v3 as imageio
     except ImportError:
         raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
 
     def write(frames: list[np.ndarray]) -> None:
-        if path.suffix == ".gif":  # every fourth frame, at a third of the size, is small enough
+        if path.suffix == ".gif":  # every fourth frame at half the size is small enough
             frames = [frame[::2, ::2] for frame in frames[::4]]
             imageio.imwrite(path, frames, duration=4000 / _FRAMES_PER_SECOND, loop=0)
         else:
             imageio.imwrite(path, np.stack(frames), fps=_FRAMES_PER_SECOND, plugin="FFMPEG")
 
     return write
+
+
+def _check_writable(path: Path) -> None:
+    """Raises UsageError now rather than after an hour of driving."""
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
@@ -164,14 +181,14 @@ def main(argv: Sequence[str]) -> int:
     ]
     for each in configs:
         validate(each)
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise UsageError(f"cannot write {arguments.json}: there is no such directory")
-    example = example_observation(functools.partial(make_env, config.env, training=False))
+    if arguments.json:
+        _check_writable(arguments.json)
+    example = example_observation(functools.partial(make_env, config.env, training=False), config)
     found = checkpoint.latest(arguments.run)
     params = checkpoint.load_params(found, example, config)
 
     if arguments.video:
-        driven = record_video(params, config, arguments.video)
+        driven = record_video(params, configs[0], arguments.video)
         print(f"{arguments.video}: a drive with return {driven.episode.episode_return:.1f}")
 
     results = []
@@ -193,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
         numbers = summary([result.episode.episode_return for result in driven])
         plan_ms = float(np.median([result.plan_ms for result in driven]))
         print(
-            f"{steps:>6}{numbers['mean']:>9.1f}{numbers['standard_error']:>8.1f}"
+            f"{steps:>6}{numbers['mean']:>9.1f}{numbers['standard_error'] or math.nan:>8.1f}"
             f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",
             flush=True,
         )

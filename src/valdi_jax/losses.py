@@ -39,7 +39,14 @@ def chunk_rewards(rewards: Array, *, discount: float) -> Array:
 def objective(
     params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Total loss [] and the metrics.
+    """Total loss [] and the metrics, all scalars (equation 9).
+
+    Args:
+        params: online networks; the gradient is taken with respect to them.
+        ema_params: their moving average, for targets only.
+        batch: B segments.
+        draws: the update's randomness.
+        config: the run's configuration.
 
     The first observation is encoded with gradient; the H that follow give the dynamics' targets
     under the EMA encoder, and all H + 1 that follow give the TD target's latents.

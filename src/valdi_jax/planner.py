@@ -128,7 +128,7 @@ def plan(
     settings: PlannerConfig = config.planner
     shape = config.plan_shape
     noise_shape = (config.model.horizon, config.model.latent_dim)
-    search_key, shared_key, explore_key = jax.random.split(key, 3)
+    search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
     z = model.encode(params, obs, config=config)
 
     def score(samples: Array, key: Array) -> Array:
@@ -151,11 +151,15 @@ def plan(
         elites=settings.elites,
         iterations=settings.iterations,
     )
-    chosen = found.best if settings.answer == "best" else found.mean
+    if settings.answer == "best":
+        chosen, chosen_score = found.best, found.best_score
+    else:
+        chosen = found.mean
+        chosen_score = score(chosen[None], answer_key)[0]
     explored = chosen + noise_std * jax.random.normal(explore_key, shape)
     return Plan(
         actions=jnp.tanh(explored),
-        predicted_return=found.best_score,
+        predicted_return=chosen_score,
         mean=found.mean,
         std=found.std,
     )

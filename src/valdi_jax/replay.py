@@ -32,7 +32,10 @@ class Episode:
 
 
 class Replay:
-    """The last ``config.replay.capacity`` episodes."""
+    """The last ``config.replay.capacity`` episodes, in memory.
+
+    A full CarRacing episode takes 16.6 MB, the paper's thousand of them 16.6 GB.
+    """
 
     def __init__(self, config: Config):
         self._config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -19,14 +20,14 @@ from rich.console import Console
 from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
 from valdi_jax.collect import Driven, Job, drive, exploration_noise, plan_batch
-from valdi_jax.config import PRESETS, Config, EnvConfig, to_dict, validate
+from valdi_jax.config import PRESETS, Config, to_dict, validate
 from valdi_jax.envs import example_observation, make_env
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
-from valdi_jax.types import AgentState, Observation
+from valdi_jax.types import AgentState, Array, Observation
 from valdi_jax.update import init_state, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
@@ -52,7 +53,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
-    make: Callable[[EnvConfig], gym.Env] | None = None,
+    make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
 ) -> AgentState:
     """Collect and learn until ``config.collect.episodes`` episodes have been driven.
@@ -61,8 +62,8 @@ def train(
         config: the run's configuration.
         run_dir: where it is kept (see `checkpoint`).
         resume: go on from the last checkpoint rather than start a run.
-        make: makes a training environment from its configuration, by default the one that it
-            names; it must pickle if there are several.
+        make: called as ``make(config.env, training=True)`` for an environment to train in, and with
+            ``training=False`` for one to be scored in; it must pickle if there are several.
         console: where progress is shown.
 
     Returns: the trained agent.
@@ -73,63 +74,101 @@ def train(
     """
     validate(config)
     console = console or Console()
-    factory = functools.partial(make or functools.partial(make_env, training=True), config.env)
-    example = example_observation(factory)
+    factory = functools.partial(make, config.env, training=True)
+    example = example_observation(factory, config)
+    init_key, drive_key = jax.random.split(jax.random.key(config.seed))
+    found = checkpoint.checkpoints(run_dir) if resume else []
+    if found:
+        state, progress = checkpoint.load(found[-1], example, config)
+    else:  # also where a run ended before its first checkpoint
+        state, progress = init_state(init_key, example, config=config), Progress()
     if resume:
-        state, progress = checkpoint.load(checkpoint.latest(run_dir), example, config)
+        checkpoint.save_config(run_dir, config)
     else:
         checkpoint.create_run(run_dir, config)
-        state, progress = init_state(jax.random.key(config.seed), example, config=config), None
-    run = _Run(config, run_dir, state, progress or Progress(), factory, example, console)
-    run.go()
+
+    replay = Replay(config)
+    for number in range(max(0, progress.episodes - config.replay.capacity), progress.episodes):
+        replay.add(checkpoint.load_episode(run_dir, number))
+    with cli.interruptible() as check, contextlib.ExitStack() as stack:
+        log = RunLog(run_dir, episodes=progress.episodes)
+        stack.callback(log.close)
+        returns = [r["episode/return"] for r in read_jsonl(run_dir / "metrics.jsonl")[-20:]]
+        display = Display(console, config.collect.episodes, progress.episodes, returns)
+        display.say(f"run directory: {run_dir}")
+        pool = make_pool(factory, config.collect.num_envs)
+        stack.callback(pool.close)
+        evaluations = read_jsonl(run_dir / "evaluations.jsonl")
+        run = _Run(
+            config=config,
+            run_dir=run_dir,
+            state=state,
+            progress=progress,
+            replay=replay,
+            pool=pool,
+            log=log,
+            display=display,
+            make=make,
+            check=check,
+            drive_key=drive_key,
+            updates=int(state.step),
+            evaluated=evaluations[-1]["episode"] + 1 if evaluations else 0,
+            saved=progress if found else None,
+            clock=time.monotonic() - progress.seconds,
+        )
+        if config.planner.candidates * config.planner.iterations >= 2000:
+            run.say_cost(example)
+        stack.enter_context(display)
+        run.go()
     return run.state
 
 
+@dataclasses.dataclass
 class _Run:
-    """The state of a training run between its steps."""
+    """A training run between its steps."""
 
-    def __init__(self, config, run_dir, state, progress, factory, example, console):
-        self.config: Config = config
-        self.run_dir: Path = run_dir
-        self.state: AgentState = state
-        self.progress: Progress = progress
-        self.factory: Callable[[], gym.Env] = factory
-        self.example: Observation = example
-        self.console: Console = console
-        self.updates = int(state.step)
-        self.key = jax.random.key(config.seed)
+    config: Config
+    run_dir: Path
+    state: AgentState
+    progress: Progress
+    replay: Replay
+    pool: Pool
+    log: RunLog
+    display: Display
+    make: Callable[..., gym.Env]
+    check: Callable[[], None]  # raises Interrupted once a signal has come
+    drive_key: Array
+    updates: int  # made, as a Python number
+    evaluated: int  # episodes at the last evaluation
+    saved: Progress | None  # at the last checkpoint
+    clock: float  # when the run would have begun, had it never stopped
 
     def go(self) -> None:
-        """Run to the end, or to an interrupt; write a checkpoint either way."""
-        config, run_dir = self.config, self.run_dir
-        self.replay = Replay(config)
-        first = max(0, self.progress.episodes - config.replay.capacity)
-        for number in range(first, self.progress.episodes):
-            self.replay.add(checkpoint.load_episode(run_dir, number))
-        self.log = RunLog(run_dir, episodes=self.progress.episodes)
-        returns = [r["episode/return"] for r in read_jsonl(run_dir / "metrics.jsonl")[-20:]]
-        self.display = Display(
-            self.console, config.collect.episodes, self.progress.episodes, returns
-        )
-        self.display.say(f"run directory: {run_dir}")
-        self.pool: Pool = make_pool(self.factory, config.collect.num_envs)
-        self.say_cost(self.example)
-        self.clock = time.monotonic() - self.progress.seconds
+        """Run to the end, or to an interrupt; leave a checkpoint either way."""
+        total = self.config.collect.episodes
+        if self.progress.episodes >= total:
+            self.display.say(f"nothing to do: {self.progress.episodes} of {total} episodes driven")
+            return
         try:
-            with cli.interruptible() as check, self.display:
-                self.check = check
-                try:
-                    self.learn()  # what an interrupt left undone
-                    while self.progress.episodes < config.collect.episodes:
-                        self.round()
-                except cli.Interrupted as interrupt:
+            self.learn([])  # what an interrupt left undone
+            while True:
+                if self.due(self.config.eval.every, self.evaluated):
+                    self.evaluate()
+                if self.due(self.config.checkpoint.every, self.saved.episodes if self.saved else 0):
                     self.save()
-                    self.display.say(f"{interrupt}: saved; continue with --resume {run_dir}")
-                    raise
-                self.save()
-        finally:
-            self.pool.close()
-            self.log.close()
+                if self.progress.episodes >= total:
+                    break
+                self.round()
+        except cli.Interrupted as interrupt:
+            self.save()
+            self.display.say(f"{interrupt}: saved; continue with --resume {self.run_dir}")
+            raise
+        if self.saved != self.progress:
+            self.save()
+
+    def due(self, every: int, last: int) -> bool:
+        """Whether a multiple of ``every`` episodes has been passed since ``last``."""
+        return every > 0 and self.progress.episodes // every > last // every
 
     def round(self) -> None:
         """Collect an episode in every environment, learn from them, report."""
@@ -158,17 +197,14 @@ class _Run:
             learning_steps=self.progress.learning_steps + sum(steps[seeding:]),
             seconds=time.monotonic() - self.clock,
         )
+        metrics: list[dict[str, Array]] = []
         try:
-            learning = self.learn()
+            self.learn(metrics)
         except cli.Interrupted:
             # The episodes are driven: they count, and the updates they are owed come on resuming.
-            self.report(numbers, driven, {"plan/noise_std": noise_std})
+            self.report(numbers, driven, {"plan/noise_std": noise_std, **_means(metrics)})
             raise
-        self.report(numbers, driven, {"plan/noise_std": noise_std, **learning})
-        if _crossed(config.eval.every, before, self.progress.episodes):
-            self.evaluate()
-        if _crossed(config.checkpoint.every, before, self.progress.episodes):
-            self.save()
+        self.report(numbers, driven, {"plan/noise_std": noise_std, **_means(metrics)})
 
     def report(
         self, numbers: Sequence[int], driven: Sequence[Driven], metrics: dict[str, float]
@@ -195,32 +231,28 @@ class _Run:
     def job(self, number: int) -> Job:
         """Training episode ``number``: its seed and key follow from the run's seed alone."""
         seed = np.random.default_rng([1, self.config.seed, number]).integers(2**31 - 1)
-        return Job(int(seed), jax.random.fold_in(self.key, number))
+        return Job(int(seed), jax.random.fold_in(self.drive_key, number))
 
-    def learn(self) -> dict[str, float]:
-        """Catch up with the update-to-data ratio; the mean of each metric over these updates."""
+    def learn(self, metrics: list[dict[str, Array]]) -> None:
+        """Catch up with the update-to-data ratio, appending the metrics of every update."""
         config = self.config
         # The ratio is a decimal: a hair is added so that 0.1 of 30 steps is 3, however it rounds.
         due = int(self.progress.learning_steps * config.learn.updates_per_step + 1e-6)
-        owed = due - self.updates
-        if owed <= 0 or not self.replay.ready:
-            return {}
-        self.display.phase(f"learning: {owed} updates")
-        start = time.perf_counter()
-        metrics = []
-        for _ in range(owed):
+        if due <= self.updates or not self.replay.ready:
+            return
+        self.display.phase(f"learning: {due - self.updates} updates")
+        while self.updates < due:
             self.check()
-            rng = np.random.default_rng([2, self.config.seed, self.updates])
+            start = time.perf_counter()
+            rng = np.random.default_rng([2, config.seed, self.updates])
             batch = self.replay.sample(rng, config.learn.batch_size)
             # The next batch is drawn while the device works, but only one ahead.
             jax.block_until_ready(metrics[-1:])
             self.state, values = update(self.state, batch, config=config)
             self.updates += 1
-            metrics.append(values)
-        means = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        means["time/update_ms"] = 1e3 * (time.perf_counter() - start) / owed
+            metrics.append(values | {"time/update_ms": 1e3 * (time.perf_counter() - start)})
+        jax.block_until_ready(metrics[-1:])
         self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
-        return means
 
     def evaluate(self) -> None:
         """Drive fixed tracks without exploration noise."""
@@ -231,8 +263,10 @@ class _Run:
             config,
             tracks=config.eval.tracks,
             num_envs=config.collect.num_envs,
+            make=self.make,
             on_decision=self.check,
         )
+        self.evaluated = self.progress.episodes
         returns = [result.episode.episode_return for result in driven]
         self.log.evaluation(
             {
@@ -251,13 +285,13 @@ class _Run:
         """Write a checkpoint and drop the episodes that left the replay."""
         self.display.phase("saving")
         checkpoint.save(self.run_dir, self.state, self.progress, keep=self.config.checkpoint.keep)
+        self.saved = self.progress
         oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self.config.replay.capacity
         checkpoint.prune_episodes(self.run_dir, before=oldest)
 
     def say_cost(self, example: Observation) -> None:
-        """Say what a decision costs where the paper's sizes meet a CPU."""
-        settings = self.config.planner
-        if settings.candidates * settings.iterations < 2000 or jax.default_backend() != "cpu":
+        """Say what a decision costs, if it is a CPU that pays."""
+        if jax.default_backend() != "cpu":
             return
         seconds = []
         for _ in range(2):  # the first call compiles
@@ -265,7 +299,7 @@ class _Run:
             plan = plan_batch(
                 self.state.params,
                 jax.tree.map(lambda x: np.stack([x] * self.pool.size), example),
-                jax.random.split(self.key, self.pool.size),
+                jax.random.split(self.drive_key, self.pool.size),
                 np.zeros(self.pool.size, np.int32),
                 np.float32(0),
                 config=self.config,
@@ -277,9 +311,9 @@ class _Run:
         )
 
 
-def _crossed(every: int, before: int, after: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, after]."""
-    return every > 0 and after // every > before // every
+def _means(metrics: list[dict[str, Array]]) -> dict[str, float]:
+    """Mean of each metric over several updates; nothing where there were none."""
+    return {name: float(np.mean([m[name] for m in metrics])) for name in (metrics or [{}])[0]}
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:

@@ -19,15 +19,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        *lead, width = x.shape
+        *lead, tokens, width = x.shape
         h = Linear(3 * width, use_bias=False, name="qkv")(
             layer_norm(use_bias=False, name="attention_norm")(x)
         )
         q, k, v = (
-            part.reshape(*lead, self.heads, width // self.heads)
+            part.reshape(-1, tokens, self.heads, width // self.heads)
             for part in jnp.split(h, 3, axis=-1)
         )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(*lead, width)
+        h = jax.nn.dot_product_attention(q, k, v).reshape(*lead, tokens, width)
         x = x + Linear(width, use_bias=False, name="projection")(h)
         h = layer_norm(use_bias=False, name="mlp_norm")(x)
         h = Linear(self.hidden, use_bias=False, name="mlp_in")(h)

@@ -71,6 +71,6 @@ class Plan:
     """What the planner answers."""
 
     actions: Array  # [H * C, A] in [-1, 1], one row an environment step
-    predicted_return: Array  # [] discounted return that the model predicts for the sequence chosen
+    predicted_return: Array  # [] discounted return that the model predicts, exploration aside
     mean: Array  # [H * C, A] final CEM mean, before tanh
     std: Array  # [H * C, A] final CEM standard deviation, before tanh

@@ -25,7 +25,13 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def init_state(key: Array, observation: Observation, *, config: Config) -> AgentState:
-    """A fresh agent for observations like the example given."""
+    """A fresh agent.
+
+    Args:
+        key: PRNG key.
+        observation: one example, without a batch axis, that the encoder is built for.
+        config: the run's configuration.
+    """
     params_key, key = jax.random.split(key)
     params = init_params(params_key, observation, config=config)
     return AgentState(
@@ -38,7 +44,7 @@ def init_state(key: Array, observation: Observation, *, config: Config) -> Agent
 
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
-    """The randomness of one update."""
+    """The randomness of one update on ``batch_size`` segments, drawn in one place."""
     noise_key, timestep_key, directions_key = jax.random.split(key, 3)
     model = config.model
     return Draws(
@@ -53,7 +59,7 @@ def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
 def apply_update(
     state: AgentState, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
-    """The update with its randomness given as data."""
+    """`update` with its randomness given as data, neither jitted nor donating."""
     grads, metrics = jax.grad(objective, has_aux=True)(
         state.params, state.ema_params, batch, draws, config=config
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import gymnasium as gym
 import numpy as np
 
-from valdi_jax.config import EnvConfig
+from valdi_jax.config import Config, EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.errors import UsageError
 from valdi_jax.types import Observation
@@ -24,7 +24,8 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
 
     Args:
         config: which environment, and how long its episodes are.
-        training: apply the settings that hold for training episodes only (patience).
+        training: whether its episodes train an agent (then ``patience`` holds) or score one
+            (then a CarRacing episode goes on through terminal states, as the paper's score does).
         render_mode: ``"rgb_array"`` for videos.
 
     Raises:
@@ -33,7 +34,9 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
     if config.name not in _FACTORIES:
         near = difflib.get_close_matches(config.name, _FACTORIES, n=1, cutoff=0)
         raise UsageError(f"unknown environment {config.name!r}: did you mean {near[0]!r}?")
-    env = _FACTORIES[config.name](max_steps=config.max_steps, render_mode=render_mode)
+    env = _FACTORIES[config.name](
+        max_steps=config.max_steps, through_terminals=not training, render_mode=render_mode
+    )
     if training and config.patience:
         env = Patience(env, config.patience)
     return env
@@ -57,12 +60,23 @@ class Patience(gym.Wrapper):
         return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
 
 
-def example_observation(factory: Callable[[], gym.Env]) -> Observation:
-    """An all-zero observation of an environment."""
+def example_observation(factory: Callable[[], gym.Env], config: Config) -> Observation:
+    """An all-zero observation of an environment, after a look at its actions.
+
+    Raises:
+        UsageError: if its actions are not those that the configuration is for.
+    """
     env = factory()
-    space = env.observation_space
+    observations, actions = env.observation_space, env.action_space
     env.close()
-    return Observation(**{name: np.zeros(box.shape, box.dtype) for name, box in space.items()})
+    if actions.shape != (config.model.action_dim,):
+        raise UsageError(
+            f"--model.action-dim is {config.model.action_dim}, but the environment's actions have "
+            f"shape {actions.shape}"
+        )
+    return Observation(
+        **{name: np.zeros(box.shape, box.dtype) for name, box in observations.items()}
+    )
 
 
 def evaluation_seeds(count: int) -> list[int]:

@@ -51,7 +51,30 @@ class SplitBar(gym.ObservationWrapper):
         return {"image": mask_bar(observation), "vector": read_proprio(observation)}
 
 
-def make_carracing(*, max_steps: int, render_mode: str | None = None) -> gym.Env:
+class ThroughTerminals(gym.Wrapper):
+    """Goes on through terminal states to the time limit, and only then says that there were any.
+
+    This is how the paper's score is taken: every frame counts, those after a finished lap and
+    those outside the playfield (-100 each) included.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self._terminated = False
+
+    def reset(self, **kwargs):
+        self._terminated = False
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._terminated |= terminated
+        return observation, reward, truncated and self._terminated, truncated, info
+
+
+def make_carracing(
+    *, max_steps: int, through_terminals: bool = False, render_mode: str | None = None
+) -> gym.Env:
     """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps."""
     env = gym.make(
         "CarRacing-v3",
@@ -59,4 +82,4 @@ def make_carracing(*, max_steps: int, render_mode: str | None = None) -> gym.Env
         max_episode_steps=max_steps,
         disable_env_checker=True,  # it insists on gas and brake in [0, 1]
     )
-    return SplitBar(env)
+    return SplitBar(ThroughTerminals(env) if through_terminals else env)

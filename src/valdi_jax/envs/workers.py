@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -108,7 +110,8 @@ class WorkerPool:
             process = context.Process(
                 target=_serve, args=(theirs, factory), name=f"env-{index}", daemon=True
             )
-            process.start()
+            with _signals_ignored():
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -142,6 +145,7 @@ class WorkerPool:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
+                process.join()
 
 
 def make_pool(factory: Callable[[], gym.Env], size: int) -> Pool:
@@ -149,9 +153,26 @@ def make_pool(factory: Callable[[], gym.Env], size: int) -> Pool:
     return LocalPool(factory) if size == 1 else WorkerPool(factory, size)
 
 
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """What starts within ignores SIGINT and SIGTERM from its first moment.
+
+    Both reach the whole process group; the parent alone decides what they mean, and the workers
+    end when it closes their pipes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    previous = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
 def _serve(pipe: Connection, factory: Callable[[], gym.Env]) -> None:
-    """Answer requests until the other end closes. The parent decides what an interrupt means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Answer requests until the other end closes."""
     try:
         stepper = Stepper(factory)
         while True:

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from conftest import reference_tensors
+
+from valdi_jax import checkpoint, convert
+from valdi_jax.errors import UsageError
+
+torch = pytest.importorskip("torch", reason="needs the extra 'torch'")
+
+
+@pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
+def test_a_checkpoint_file_becomes_a_run_that_can_be_evaluated(tmp_path, dynamics):
+    model = {name: torch.tensor(x) for name, x in reference_tensors(dynamics).items()}
+    if dynamics == "diffusion":
+        model["alphas_cumprod"] = torch.ones(1000)
+    settings = {"dynamics_type": dynamics, "device": "cuda:0", "pop_size": 32, "n_elite": 4}
+    torch.save({"cfg": settings, "model": model, "epoch": 3}, tmp_path / "agent.pth")
+    assert convert.main([str(tmp_path / "agent.pth"), str(tmp_path / "run")]) == 0
+
+    config = checkpoint.load_config(tmp_path / "run")
+    assert config.model.dynamics == dynamics
+    assert config.planner.candidates == 32
+    params = checkpoint.load_params(
+        checkpoint.latest(tmp_path / "run"), convert.reference_observation(), config
+    )
+    kernel = params["reward"]["net"]["inputs"]["dense"]["kernel"]
+    np.testing.assert_array_equal(kernel, model["reward.layers.0.weight"].numpy().T)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": Malicious()}, "not a checkpoint of tensors and plain data"),
+        ({"weights": {}}, "has no 'model'"),
+        ({"model": {}, "cfg": {"dynamics_type": "flow"}}, "no 'flow' dynamics"),
+        ({"model": {}, "cfg": {"pop_size": "many"}}, "'pop_size' of the checkpoint is 'many'"),
+        ({"model": {}, "cfg": {}}, "tensors are missing"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys, content, message):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UsageError, match=message):
+        convert.main([str(tmp_path / "file.pth"), str(tmp_path / "run")])
+    assert "executed" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_of_torch_is_refused(tmp_path):
+    (tmp_path / "file.pth").write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="not a checkpoint of tensors and plain data"):
+        convert.main([str(tmp_path / "file.pth"), str(tmp_path / "run")])
