@@ -49,6 +49,13 @@ def test_a_run_leaves_everything_in_its_directory(straight):
     assert "episode 5/5" in output
 
 
+def test_every_episode_is_driven_with_randomness_of_its_own(straight):
+    directory, _, _ = straight
+    episodes = [checkpoint.load_episode(directory, number) for number in range(2)]
+    assert episodes[0].seed != episodes[1].seed
+    assert np.all(episodes[0].actions != episodes[1].actions)
+
+
 def test_the_update_to_data_ratio_is_exact(straight):
     directory, state, _ = straight
     records = read_jsonl(directory / "metrics.jsonl")

@@ -217,8 +217,8 @@ PRESETS: dict[str, Config] = {
         planner=PlannerConfig(
             candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True
         ),
-        learn=LearnConfig(batch_size=64, updates_per_step=0.25, ema_rate=0.02, td_encoder="ema"),
-        collect=CollectConfig(episodes=150, noise_hold=100, noise_decay=100),
+        learn=LearnConfig(batch_size=64, ema_rate=0.02, td_encoder="ema"),
+        collect=CollectConfig(episodes=200, noise_hold=100, noise_decay=100),
         eval=EvalConfig(every=50),
         checkpoint=CheckpointConfig(every=10),
     ),
