@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("learning_curves.png"))
     arguments = parser.parse_args()
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for argument in arguments.runs:
         label, _, directory = argument.partition("=")
         records = read_jsonl(Path(directory) / "metrics.jsonl")
@@ -46,8 +46,8 @@ def main() -> None:
     for panel in panels:
         panel.axhline(-30, color="gray", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(arguments.out, dpi=130)
     print(arguments.out)
 
