@@ -49,11 +49,17 @@ def test_a_run_leaves_everything_in_its_directory(straight):
     assert "episode 5/5" in output
 
 
-def test_every_episode_is_driven_with_randomness_of_its_own(straight):
-    directory, _, _ = straight
-    episodes = [checkpoint.load_episode(directory, number) for number in range(2)]
-    assert episodes[0].seed != episodes[1].seed
-    assert np.all(episodes[0].actions != episodes[1].actions)
+def test_every_episode_is_driven_with_randomness_of_its_own(tmp_path, monkeypatch):
+    jobs, drive = [], train_module.drive
+
+    def recording(params, pool, batch, **kwargs):
+        jobs.extend(batch)
+        return drive(params, pool, batch, **kwargs)
+
+    monkeypatch.setattr(train_module, "drive", recording)
+    run(tmp_path / "run", 4)
+    assert len({job.seed for job in jobs}) == 4
+    assert len({tuple(jax.random.key_data(job.key).tolist()) for job in jobs}) == 4
 
 
 def test_the_update_to_data_ratio_is_exact(straight):
