@@ -137,12 +137,13 @@ def test_only_scoring_drives_through_terminals():
 
 
 def test_workers_leave_signals_to_the_parent():
+    handler = signal.getsignal(signal.SIGTERM)
     pool = WorkerPool(Counting, 1)
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):  # while the worker is still starting
             os.kill(pool._processes[0].pid, signum)
         assert pool.reset({0: 7})[0].vector[0] == 7
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         pool.close()
 

@@ -87,6 +87,7 @@ def test_an_interrupted_run_is_saved_and_loses_nothing(
     straight, tmp_path, interrupted_at, episodes
 ):
     _, state, _ = straight
+    handler = signal.getsignal(signal.SIGINT)
     resets = []
 
     class Interrupting:
@@ -118,7 +119,7 @@ def test_an_interrupted_run_is_saved_and_loses_nothing(
             for directory in (tmp_path / "run", straight[0])
         )
         assert ours == theirs
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
