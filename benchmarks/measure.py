@@ -134,14 +134,17 @@ def report(machine: str, rows: list[dict], path: Path | None) -> None:
         path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
-def row(name: str, times: np.ndarray, floor: float) -> dict:
-    """One line of the report from the seconds of each call."""
+def row(name: str, call: Callable[[], object], products: Products, seconds: float) -> dict:
+    """Measure one line of the report for about ``seconds``; compile time is printed apart."""
+    compiling = compile_seconds(call)
+    times = time_calls(call, seconds)
+    print(f"{name}: {len(times)} calls, compiled in {compiling:.1f} s", flush=True)
     return {
         "name": name,
         "per_second": float(1 / times.mean()),
         "median_ms": float(1e3 * np.median(times)),
         "p99_ms": float(1e3 * np.percentile(times, 99)),
-        "floor_ms": 1e3 * floor,
+        "floor_ms": 1e3 * floor_seconds(products),
     }
 
 

@@ -53,11 +53,7 @@ def main() -> None:
             observation = observations[next(number) % len(observations)]
             return np.asarray(plan(params, observation, key, config=config).actions)
 
-        compiling = measure.compile_seconds(call)
-        times = measure.time_calls(call, arguments.seconds)
-        floor = measure.floor_seconds(plan_products(config))
-        rows.append(measure.row(name, times, floor))
-        print(f"{name}: {len(times)} plans, compiled in {compiling:.1f} s", flush=True)
+        rows.append(measure.row(name, call, plan_products(config), arguments.seconds))
     measure.report(measure.machine_name(), rows, arguments.json)
 
 

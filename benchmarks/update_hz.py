@@ -87,11 +87,7 @@ def main() -> None:
 
             # The second row of each model computes the TD target with the EMA encoder.
             name = dynamics if encoder == "online" else f"{dynamics}/ema"
-            compiling = measure.compile_seconds(call)
-            times = measure.time_calls(call, arguments.seconds)
-            floor = measure.floor_seconds(update_products(config))
-            rows.append(measure.row(name, times, floor))
-            print(f"{name}: {len(times)} updates, compiled in {compiling:.1f} s", flush=True)
+            rows.append(measure.row(name, call, update_products(config), arguments.seconds))
     measure.report(measure.machine_name(), rows, arguments.json)
 
 

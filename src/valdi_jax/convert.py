@@ -211,7 +211,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], Config]:
         raise UsageError(f"{path} is not a file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+    except Exception:  # of many kinds, for a file that is damaged, hostile or not torch's
         raise UsageError(f"{path} is not a checkpoint of tensors and plain data") from None
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         raise UsageError(f"{path} is not a checkpoint of the reference: it has no 'model'")

@@ -180,5 +180,5 @@ def _serve(pipe: Connection, factory: Callable[[], gym.Env]) -> None:
             pipe.send(getattr(stepper, method)(argument))
     except (EOFError, BrokenPipeError):
         pass
-    except Exception:
+    except Exception:  # whatever the environment raised: the parent raises it, with its traceback
         pipe.send(traceback.format_exc())
