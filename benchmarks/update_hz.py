@@ -16,7 +16,7 @@ import numpy as np
 
 from valdi_jax import PRESETS, Batch, init_state, update
 from valdi_jax.config import Config
-from valdi_jax.encoder import CONVOLUTIONS
+from valdi_jax.encoder import convolutions
 
 
 def encoder_products(config: Config, images: int) -> measure.Products:
@@ -24,7 +24,8 @@ def encoder_products(config: Config, images: int) -> measure.Products:
     model = config.model
     products = Counter()
     size, channels = 96, 3
-    for width, (kernel, stride, padding) in zip(model.cnn_channels, CONVOLUTIONS, strict=True):
+    shapes = convolutions(size, size)
+    for width, ((kernel, _), stride, padding) in zip(model.cnn_channels, shapes, strict=True):
         size = (size + 2 * padding - kernel) // stride + 1
         products[images * size**2, kernel**2 * channels, width] += 1
         channels = width

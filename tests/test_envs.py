@@ -9,9 +9,9 @@ from conftest import PARITY
 from toy import Counting
 
 from valdi_jax.config import EnvConfig
-from valdi_jax.envs import Patience, evaluation_seeds, make_env
+from valdi_jax.envs import Patience, evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.carracing import ThroughTerminals, make_carracing, mask_bar, read_proprio
-from valdi_jax.envs.workers import LocalPool, WorkerPool
+from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
 from valdi_jax.errors import UsageError
 
 
@@ -69,7 +69,7 @@ def test_the_fixed_tracks_are_those_of_the_reference():
 
 
 @pytest.mark.parametrize("count", [0, 101])
-def test_only_a_hundred_tracks_exist(count):
+def test_only_a_hundred_evaluation_episodes_exist(count):
     with pytest.raises(UsageError, match="between 1 and 100"):
         evaluation_seeds(count)
 
@@ -77,6 +77,61 @@ def test_only_a_hundred_tracks_exist(count):
 def test_an_unknown_environment_is_answered_with_the_nearest():
     with pytest.raises(UsageError, match=r"unknown environment 'carrcing'.*'carracing'"):
         make_env(EnvConfig(name="carrcing"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "vector", "actions"),
+    [
+        ("pendulum", 3, 1),
+        ("mountaincar", 2, 1),
+        ("lunarlander", 8, 2),
+        ("bipedalwalker", 24, 4),
+        ("bipedalwalker-hardcore", 24, 4),
+        ("gym:Pendulum-v1", 3, 1),
+    ],
+)
+def test_gymnasiums_continuous_tasks_have_names(name, vector, actions):
+    factory = functools.partial(make_env, EnvConfig(name=name, max_steps=0), training=True)
+    interface = interface_of(factory)
+    assert interface.example.vector.shape == (vector,)
+    assert interface.example.image is None
+    assert interface.action_dim == actions
+    stepper = Stepper(factory)
+    first = stepper.reset(seed=3)
+    steps = stepper.step(np.full((3, actions), 0.5, np.float32))
+    assert first.vector.shape == steps.observations[-1].vector.shape == (vector,)
+    assert len(steps.rewards) == 3
+    stepper.close()
+
+
+def test_an_episode_ends_at_the_limit_given_or_else_at_the_environments_own():
+    for limit, steps in ((7, 7), (0, 200)):
+        stepper = Stepper(
+            functools.partial(make_env, EnvConfig(name="pendulum", max_steps=limit), training=True)
+        )
+        stepper.reset(seed=0)
+        chunk = stepper.step(np.zeros((300, 1), np.float32))
+        assert len(chunk.rewards) == steps
+        assert chunk.truncated
+        assert not chunk.terminated
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gym:Pendulm-v1", "cannot make the environment gym:Pendulm-v1.*Did you mean: `Pendulum`"),
+        ("gym:os:Pendulum-v1", "names a module to import.*a configuration may not import code"),
+        ("gym:ValdiEndless-v0", "no time limit of its own: give one with --env.max-steps"),
+        ("gym:CartPole-v1", "discrete.*continuous"),
+        ("gym:FrozenLake-v1", "of the kind Discrete, not an array"),
+    ],
+)
+def test_an_environment_that_cannot_serve_is_refused_in_one_sentence(name, message):
+    if "ValdiEndless-v0" not in gym.registry:
+        gym.register("ValdiEndless-v0", Counting)
+    with pytest.raises(UsageError, match=message) as caught:
+        interface_of(functools.partial(make_env, EnvConfig(name=name, max_steps=0), training=True))
+    assert "\n" not in str(caught.value)
 
 
 class Rewards(gym.Env):

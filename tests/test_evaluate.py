@@ -31,9 +31,9 @@ def test_the_summary_by_hand():
 
 def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsys):
     path = tmp_path / "out.json"
-    evaluate.main([str(run), "--tracks", "1", "--json", str(path)])
+    evaluate.main([str(run), "--episodes", "1", "--json", str(path)])
     assert json.loads(path.read_text(), parse_constant=pytest.fail)["results"]
-    arguments = [str(run), "--tracks", "2", "--diffusion-steps", "1", "2", "--json", str(path)]
+    arguments = [str(run), "--episodes", "2", "--diffusion-steps", "1", "2", "--json", str(path)]
     assert evaluate.main(arguments) == 0
     results = json.loads(path.read_text())["results"]
     assert [r["diffusion_steps"] for r in results] == [1, 2]
@@ -48,7 +48,7 @@ def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsy
 def test_the_same_parameters_drive_the_same_way(run, tmp_path):
     returns = []
     for name in ("one.json", "two.json"):
-        evaluate.main([str(run), "--tracks", "1", "--json", str(tmp_path / name)])
+        evaluate.main([str(run), "--episodes", "1", "--json", str(tmp_path / name)])
         data = json.loads((tmp_path / name).read_text())
         returns.append(data["results"][0]["episodes"][0]["return"])
     assert returns[0] == returns[1]
@@ -59,7 +59,7 @@ def test_a_drive_can_be_recorded(run, tmp_path, suffix):
     import imageio.v3 as imageio
 
     path = tmp_path / f"drive{suffix}"
-    evaluate.main([str(run), "--tracks", "1", "--video", str(path)])
+    evaluate.main([str(run), "--episodes", "1", "--video", str(path)])
     frames = imageio.imread(path)
     assert frames.shape[0] >= 15
     assert frames.shape[-1] in (3, 4)
@@ -70,8 +70,8 @@ def test_a_drive_can_be_recorded(run, tmp_path, suffix):
     ("argv", "message"),
     [
         (["nowhere"], "nowhere is not a run directory"),
-        (["{run}", "--tracks", "101"], "between 1 and 100"),
-        (["{run}", "--trakcs", "1"], "unknown option --trakcs: did you mean --tracks"),
+        (["{run}", "--episodes", "101"], "between 1 and 100"),
+        (["{run}", "--episdoes", "1"], "unknown option --episdoes: did you mean --episodes"),
         (["{run}", "--video", "x.avi"], "writes .gif or .mp4"),
         (["{run}", "--video", "no/dir/x.gif"], "cannot write no/dir/x.gif"),
         (["{run}", "--json", "no/dir/x.json"], "cannot write no/dir/x.json"),

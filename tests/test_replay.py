@@ -23,9 +23,11 @@ def episode(number, length, terminated=False):
     )
 
 
-def filled(*episodes, capacity=10):
+def filled(*episodes, capacity=10, bootstrap_terminal=True):
     config = dataclasses.replace(
-        CONFIG, replay=dataclasses.replace(CONFIG.replay, capacity=capacity)
+        CONFIG,
+        replay=dataclasses.replace(CONFIG.replay, capacity=capacity),
+        learn=dataclasses.replace(CONFIG.learn, bootstrap_terminal=bootstrap_terminal),
     )
     replay = Replay(config)
     for each in episodes:
@@ -66,6 +68,33 @@ def test_only_the_segment_that_holds_the_terminal_step_is_marked():
     assert 0 < expected.sum() < 500
     np.testing.assert_array_equal(batch.terminals[:, -1], expected)
     assert not batch.terminals[:, :-1].any()
+
+
+@pytest.mark.parametrize("length", [1, 4, 18, 40])
+def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segment(length):
+    replay = filled(episode(0, length, terminated=True), bootstrap_terminal=False)
+    batch = replay.sample(np.random.default_rng(0), 2000)
+    steps = batch.observations.vector[..., 1]
+    starts = steps[:, 0].astype(int)
+    assert set(starts) == set(range(length))
+    np.testing.assert_array_equal(
+        steps, np.minimum(starts[:, None] + 3 * np.arange(7), length), "the last is repeated"
+    )
+    # The chunk that holds the last step, by its number within the segment, if it reaches so far.
+    last = (length - 1 - starts) // 3
+    np.testing.assert_array_equal(batch.terminals, last[:, None] == np.arange(6))
+    numbers = starts[:, None] + np.arange(18)
+    expected = np.where(numbers < length, numbers, 0)
+    np.testing.assert_array_equal(batch.rewards.reshape(-1, 18), expected)
+    np.testing.assert_array_equal(batch.actions.reshape(-1, 18, 3)[..., 2], expected)
+
+
+def test_a_time_limit_is_no_end_to_learn():
+    replay = filled(episode(0, SPAN + 5), bootstrap_terminal=False)
+    batch = replay.sample(np.random.default_rng(0), 300)
+    assert not batch.terminals.any()
+    assert batch.observations.vector[:, 0, 1].max() == 5
+    assert not filled(episode(0, SPAN - 1), bootstrap_terminal=False).ready
 
 
 def test_an_episode_shorter_than_a_segment_is_never_drawn():

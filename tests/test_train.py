@@ -179,11 +179,11 @@ def test_several_environments_resume_exactly(tmp_path):
     chex.assert_trees_all_equal(resumed.params, straight.params)
 
 
-def test_an_environment_with_other_actions_is_refused_before_anything_is_written(tmp_path):
+def test_the_action_size_is_the_environments(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, action_dim=2))
-    with pytest.raises(UsageError, match=r"--model.action-dim is 2, .* shape \(3,\)"):
-        run(tmp_path / "run", 2, config=config)
-    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", 1, config=config)
+    assert checkpoint.load_config(tmp_path / "run").model.action_dim == 3
+    assert checkpoint.load_episode(tmp_path / "run", 0).actions.shape == (30, 3)
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from toy import CONFIG
 
 from valdi_jax.config import Config
-from valdi_jax.losses import objective, td_targets
+from valdi_jax.losses import before_end, objective, td_targets
+from valdi_jax.model import encode, parameter_count
 from valdi_jax.types import Batch, Observation
-from valdi_jax.update import draw, init_state, update
+from valdi_jax.update import draw, init_state, observe, update
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
 
@@ -35,11 +37,8 @@ def random_batch(seed=0, size=8):
 def test_td_targets_by_hand():
     rewards = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]])
     values, terminals = jnp.array([10.0, 20.0]), jnp.array([0.0, 1.0])
-    settings = {"discount": 0.5}
-    cut = td_targets(rewards, values, terminals, bootstrap=False, **settings)
-    np.testing.assert_allclose(cut, [1 + 1 + 1 + 10 / 8, 2.0])
-    through = td_targets(rewards, values, terminals, bootstrap=True, **settings)
-    np.testing.assert_allclose(through, [1 + 1 + 1 + 10 / 8, 2 + 20 / 8])
+    targets = td_targets(rewards, values, terminals, discount=0.5)
+    np.testing.assert_allclose(targets, [1 + 1 + 1 + 10 / 8, 2.0])
 
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
@@ -156,6 +155,102 @@ def test_terminal_steps_matter_only_where_the_bootstrap_is_cut():
             for b in (batch, ended)
         ]
         assert (losses[0] == losses[1]) == bootstrap
+
+
+def test_the_chunk_with_the_terminal_step_is_the_last_before_the_end():
+    terminals = jnp.array([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    valid = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(before_end(terminals), valid)
+
+
+@pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
+@pytest.mark.parametrize("td_encoder", ["online", "ema"])
+def test_nothing_beyond_an_episodes_end_is_learnt_from(dynamics, td_encoder):
+    config = configured(dynamics, bootstrap_terminal=False, td_encoder=td_encoder)
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    draws = draw(jax.random.key(1), 8, config=config)
+    batch, other = random_batch(0), random_batch(1)
+    batch.terminals[:, 2] = 1
+
+    def beyond(ours, theirs, first):
+        return np.concatenate([ours[:, :first], theirs[:, first:]], axis=1)
+
+    def gradient(batch):
+        def loss(params):
+            return objective(params, state.ema_params, batch, draws, config=config)[0]
+
+        return jax.grad(loss)(state.params)
+
+    # Chunk 2 leads to observation 3, the terminal one. The actions stay: the dynamics sees all of
+    # them at once, though it learns from none that follow the end.
+    changed = batch.replace(
+        observations=Observation(
+            vector=beyond(batch.observations.vector, other.observations.vector, 4)
+        ),
+        rewards=beyond(batch.rewards, other.rewards, 3),
+    )
+    if dynamics == "diffusion":  # what follows is noised and seen, but never regressed
+        changed = batch.replace(rewards=changed.rewards)
+    chex.assert_trees_all_close(gradient(changed), gradient(batch), atol=1e-7)
+    earlier = batch.replace(rewards=beyond(batch.rewards, other.rewards, 2))
+    assert any(
+        np.any(a != b)
+        for a, b in zip(
+            jax.tree.leaves(gradient(earlier)), jax.tree.leaves(gradient(batch)), strict=True
+        )
+    )
+
+
+def test_the_reward_scale_scales_what_is_learnt():
+    draws = draw(jax.random.key(1), 8, config=CONFIG)
+    batch = random_batch()
+    state = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
+    losses = [
+        float(objective(state.params, state.ema_params, b, draws, config=c)[0])
+        for b, c in (
+            (batch.replace(rewards=3 * batch.rewards), CONFIG),
+            (batch, configured(reward_scale=3.0)),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0] != pytest.approx(
+        float(objective(state.params, state.ema_params, batch, draws, config=CONFIG)[0])
+    )
+
+
+def test_observations_are_normalised_by_what_was_seen():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, normalize=True))
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    plain = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
+    assert "normalizer" not in plain.params
+    assert parameter_count(state.params) == parameter_count(plain.params)
+
+    vectors = np.random.default_rng(0).normal([5, -100], [2, 0.1], (1000, 2)).astype(np.float32)
+    fresh = encode(state.params, Observation(vector=vectors), config=config)
+    np.testing.assert_array_equal(
+        fresh, encode(plain.params, Observation(vector=np.clip(vectors, -10, 10)), config=CONFIG)
+    )
+    for part in np.split(vectors, [1, 400]):
+        state = observe(state, part)
+    standard = (vectors - vectors.mean(axis=0)) / vectors.std(axis=0)
+    for params in (state.params, state.ema_params):
+        np.testing.assert_allclose(
+            encode(params, Observation(vector=vectors), config=config),
+            encode(plain.params, Observation(vector=standard), config=CONFIG),
+            atol=2e-3,
+        )
+    assert observe(plain, vectors) is plain
+
+
+def test_no_update_moves_the_normalisation():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, normalize=True))
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    state = observe(state, np.random.default_rng(0).normal(3, 2, (50, 2)))
+    before = jax.tree.map(np.array, state.params["normalizer"])
+    for _ in range(3):
+        state, _ = update(state, random_batch(), config=config)
+    chex.assert_trees_all_equal(state.params["normalizer"], before)
+    chex.assert_trees_all_close(state.ema_params["normalizer"], before, rtol=1e-6)
 
 
 def test_updates_differ_from_one_step_to_the_next_but_not_between_runs():

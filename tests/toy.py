@@ -13,7 +13,7 @@ CONFIG: Config = dataclasses.replace(
     PRESETS["tiny"],
     env=dataclasses.replace(PRESETS["tiny"].env, name="toy", max_steps=30),
     learn=dataclasses.replace(PRESETS["tiny"].learn, batch_size=8),
-    eval=dataclasses.replace(PRESETS["tiny"].eval, every=2, tracks=2),
+    eval=dataclasses.replace(PRESETS["tiny"].eval, every=2, episodes=2),
 )
 
 

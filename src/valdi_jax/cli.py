@@ -20,6 +20,7 @@ import tyro
 from valdi_jax.errors import UsageError
 
 T = TypeVar("T")
+(_HIDDEN,) = tyro.conf.Suppress[int].__metadata__
 
 
 def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **settings: Any) -> T:
@@ -58,6 +59,8 @@ def _options(cls: type, prefix: str = "--") -> set[str]:
     options = {"--help"}
     for field, hint in typing.get_type_hints(cls, include_extras=True).items():
         kind, *marks = typing.get_args(hint) if hasattr(hint, "__metadata__") else [hint]
+        if _HIDDEN in marks:
+            continue
         name, path = field.replace("_", "-"), prefix
         for mark in marks:  # of tyro.conf.arg
             if getattr(mark, "name", None) is not None:

@@ -23,9 +23,10 @@ class EnvConfig:
     """The environment."""
 
     name: Annotated[str, tyro.conf.arg(name="env", prefix_name=False, metavar="NAME")] = "carracing"
-    """Environment to train on."""
+    """Environment to train on: carracing, pendulum, mountaincar, lunarlander, bipedalwalker,
+    bipedalwalker-hardcore, or gym:ID for any that is registered with Gymnasium."""
     max_steps: int = 600
-    """Environment steps after which an episode is truncated."""
+    """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
     patience: int = 0
     """Truncate a training episode after this many environment steps without a positive reward
     (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
@@ -43,12 +44,15 @@ class ModelConfig:
     """World-model steps H that are imagined."""
     chunk: int = 3
     """Environment steps C in one world-model step."""
-    action_dim: int = 3
-    """Action size A; it must be the environment's."""
+    action_dim: tyro.conf.Suppress[int] = 3
+    """Action size A; training takes it from the environment."""
+    normalize: bool = False
+    """Normalise vector observations by their running mean and variance."""
     encoder_width: int = 256
     """Width of each modality's embedding."""
     cnn_channels: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Channels of the five convolutions."""
+    """Channels of the convolutions: the first, three that halve (the third is repeated for images
+    that need more), and the last."""
     diffusion_timesteps: int = 1000
     """Diffusion timesteps T of the noise schedule."""
     timestep_dim: int = 32
@@ -127,6 +131,8 @@ class LearnConfig:
     """Points at which the characteristic functions are compared."""
     bootstrap_terminal: bool = True
     """Bootstrap the TD target through a terminal step, as the reference does."""
+    reward_scale: float = 1.0
+    """Factor on the rewards that the heads learn from; it changes no reported return."""
     td_encoder: Literal["online", "ema"] = "online"
     """Encoder whose latents the TD target is taken at (the reference: online)."""
 
@@ -161,12 +167,12 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Periodic evaluation on the fixed tracks."""
+    """Periodic evaluation, always on the same episodes."""
 
     every: int = 250
-    """Episodes between evaluations; 0 for none."""
-    tracks: int = 5
-    """Fixed tracks of each evaluation."""
+    """Training episodes between evaluations; 0 for none."""
+    episodes: int = 5
+    """Episodes of each evaluation: the first of 100 fixed reset seeds (CarRacing: tracks)."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,20 @@ class Config:
     seed: int = 0
     """Seed that everything random in the run follows from."""
 
+    def replace(self, **sections: dict[str, Any]) -> Config:
+        """A configuration that differs in some fields: ``config.replace(model={"chunk": 2})``.
+
+        Raises:
+            TypeError: if there is no such field.
+        """
+        return dataclasses.replace(
+            self,
+            **{
+                name: dataclasses.replace(getattr(self, name), **fields)
+                for name, fields in sections.items()
+            },
+        )
+
     @property
     def plan_shape(self) -> tuple[int, int]:
         """Shape ``[H * C, A]`` of a planned action sequence."""
@@ -206,6 +226,39 @@ class Config:
 
 
 _PAPER = Config()
+
+# For tasks seen as a vector: no images, so smaller networks learn the same in less time.
+_VECTOR = Config(
+    env=EnvConfig(name="gym", max_steps=0),
+    model=ModelConfig(
+        normalize=True,
+        latent_dim=32,
+        chunk=2,
+        encoder_width=128,
+        timestep_dim=16,
+        transformer_width=128,
+        transformer_depth=3,
+        transformer_heads=4,
+        transformer_hidden=256,
+        mlp_width=128,
+        mlp_depth=3,
+        reward_width=128,
+        value_width=256,
+    ),
+    planner=PlannerConfig(candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True),
+    learn=LearnConfig(
+        batch_size=64,
+        updates_per_step=0.5,
+        ema_rate=0.01,
+        sigreg_directions=256,
+        bootstrap_terminal=False,
+        td_encoder="ema",
+    ),
+    collect=CollectConfig(episodes=200, seed_episodes=5, noise_hold=50, noise_decay=50),
+    eval=EvalConfig(every=25),
+    checkpoint=CheckpointConfig(every=25),
+)
+
 
 PRESETS: dict[str, Config] = {
     # Every value of Table 3 of the paper.
@@ -245,10 +298,49 @@ PRESETS: dict[str, Config] = {
         learn=LearnConfig(batch_size=8, sigreg_directions=16),
         collect=CollectConfig(episodes=6, seed_episodes=2),
         replay=ReplayConfig(capacity=10),
-        eval=EvalConfig(every=3, tracks=1),
+        eval=EvalConfig(every=3, episodes=1),
         checkpoint=CheckpointConfig(every=3),
     ),
+    "gym": _VECTOR,
+    "pendulum": _VECTOR.replace(env={"name": "pendulum"}, learn={"reward_scale": 0.1}),
+    "mountaincar": _VECTOR.replace(env={"name": "mountaincar"}),
+    "lunarlander": _VECTOR.replace(env={"name": "lunarlander"}, learn={"reward_scale": 0.1}),
+    "bipedalwalker": _VECTOR.replace(env={"name": "bipedalwalker"}, learn={"reward_scale": 0.1}),
+    "bipedalwalker-hardcore": _VECTOR.replace(
+        env={"name": "bipedalwalker-hardcore"}, learn={"reward_scale": 0.1}
+    ),
 }
+
+
+def default_config(env: str | None, preset: str | None) -> Config:
+    """The configuration that a command line starts from.
+
+    Args:
+        env: name of the environment, ``None`` for that of the preset.
+        preset: name of the preset, ``None`` for that which suits the environment.
+
+    Raises:
+        UsageError: if there is no such preset.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if env is None and preset is None:
+        env = "carracing"
+    suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(env, PRESETS["gym"])
+    if preset is None:
+        return suited.replace(env={"name": env})
+    config = PRESETS[preset]
+    if env is None or env == config.env.name:
+        return config
+    # The preset's sizes and budgets, with what belongs to the environment.
+    return config.replace(
+        env=dataclasses.asdict(suited.env) | {"name": env},
+        model={"normalize": suited.model.normalize},
+        learn={
+            "bootstrap_terminal": suited.learn.bootstrap_terminal,
+            "reward_scale": suited.learn.reward_scale,
+        },
+    )
 
 
 def validate(config: Config) -> None:
@@ -258,21 +350,23 @@ def validate(config: Config) -> None:
         UsageError: naming the first field that is out of range.
     """
     model = config.model
-    counts = [f"model.{f.name}" for f in dataclasses.fields(model) if isinstance(f.default, int)]
-    counts += ["env.max_steps", "planner.candidates", "planner.iterations"]
+    counts = [f"model.{f.name}" for f in dataclasses.fields(model) if type(f.default) is int]
+    counts += ["planner.candidates", "planner.iterations"]
     counts += ["planner.diffusion_steps", "learn.batch_size", "learn.sigreg_directions"]
-    counts += ["collect.episodes", "collect.num_envs", "replay.capacity", "eval.tracks"]
+    counts += ["collect.episodes", "collect.num_envs", "replay.capacity", "eval.episodes"]
     counts += ["checkpoint.every", "checkpoint.keep"]
     least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
-    least |= {"env.max_steps": config.segment_steps}  # or no episode holds a training segment
+    if config.env.max_steps:  # or no episode holds a training segment
+        least["env.max_steps"] = config.segment_steps
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
+    least |= {"env.max_steps": 0} | least
     least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}
     least |= {"collect.noise_start": 0, "collect.noise_end": 0}
     least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}
     most = {
         "planner.elites": config.planner.candidates,
         "planner.diffusion_steps": model.diffusion_timesteps,
-        "eval.tracks": 100,
+        "eval.episodes": 100,
         "learn.sigreg_weight": 1,
     }
     shares = ("learning_rate", "ema_rate", "discount", "adam_b1", "adam_b2")
@@ -286,10 +380,11 @@ def validate(config: Config) -> None:
             raise UsageError(f"{option} is {value}; it must be at most {most[name]}")
         if name.removeprefix("learn.") in shares and not 0 < value <= 1:
             raise UsageError(f"{option} is {value}; it must be above 0 and at most 1")
-    if not config.learn.max_grad_norm > 0:
-        raise UsageError(
-            f"--learn.max-grad-norm is {config.learn.max_grad_norm}; it must be above 0"
-        )
+    for name in ("max_grad_norm", "reward_scale"):
+        value = getattr(config.learn, name)
+        if not value > 0:
+            option = name.replace("_", "-")
+            raise UsageError(f"--learn.{option} is {value}; it must be above 0")
     if len(model.cnn_channels) != 5 or min(model.cnn_channels) < 1:
         raise UsageError(
             f"--model.cnn-channels is {model.cnn_channels}; it must be five numbers above 0"

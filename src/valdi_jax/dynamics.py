@@ -68,7 +68,14 @@ def imagine(
 
 
 def training_prediction(
-    params: Params, z: Array, actions: Array, targets: Array, draws: Draws, *, config: ModelConfig
+    params: Params,
+    z: Array,
+    actions: Array,
+    targets: Array,
+    valid: Array,
+    draws: Draws,
+    *,
+    config: ModelConfig,
 ) -> tuple[Array, Array]:
     """Dynamics loss [] and the predicted latents [B, H, D] that the heads are trained on.
 
@@ -80,16 +87,24 @@ def training_prediction(
         z: [B, D] online latent of the first observation.
         actions: [B, H, C * A] action chunks.
         targets: [B, H, D] EMA latents of the H observations that follow.
+        valid: [B, H] 1 where the target is not padding, else 0.
         draws: noise and timesteps of this update.
         config: the model's configuration.
     """
     if config.dynamics == "mlp":
         predicted = rollout(params, z, actions, config=config)
-        return jnp.mean((predicted - targets) ** 2), predicted
+        return masked_mean((predicted - targets) ** 2, valid[..., None]), predicted
 
     alpha_bar = jnp.asarray(diffusion.alpha_bars(config.diffusion_timesteps))
     alpha_bar = alpha_bar[draws.timesteps][:, None, None]
     noised = diffusion.add_noise(targets, draws.noise, alpha_bar)
     target = diffusion.velocity_target(targets, draws.noise, alpha_bar)
     predicted = velocity(params, z, actions, noised, draws.timesteps, config=config)
-    return jnp.mean((predicted - target) ** 2), diffusion.denoise(noised, predicted, alpha_bar)
+    loss = masked_mean((predicted - target) ** 2, valid[..., None])
+    return loss, diffusion.denoise(noised, predicted, alpha_bar)
+
+
+def masked_mean(x: Array, valid: Array) -> Array:
+    """Mean [] of x over the entries where ``valid``, which broadcasts against it, is 1."""
+    valid = jnp.broadcast_to(valid, x.shape)
+    return jnp.sum(x * valid) / jnp.sum(valid)

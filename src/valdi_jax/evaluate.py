@@ -1,4 +1,4 @@
-"""Drive a trained agent on the fixed tracks: ``python -m valdi_jax.evaluate RUN``."""
+"""Drive a trained agent on fixed episodes: ``python -m valdi_jax.evaluate RUN``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rich.progress import Progress as ProgressBar
 from valdi_jax import checkpoint, cli
 from valdi_jax.collect import Driven, Job, drive
 from valdi_jax.config import Config, PlannerConfig, validate
-from valdi_jax.envs import evaluation_seeds, example_observation, make_env
+from valdi_jax.envs import evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.workers import LocalPool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.types import Params
 
-_FRAMES_PER_SECOND = 50  # of CarRacing
+_FRAMES_PER_SECOND = 50  # of a video, where the environment does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Arguments:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory; its last checkpoint is driven."""
-    tracks: int = 100
-    """How many of the 100 fixed tracks to drive."""
+    episodes: int = 100
+    """How many of the 100 fixed episodes (CarRacing: tracks) to drive."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
     """DDIM steps to evaluate with, one evaluation for each (e.g. 1 2 4 8); by default the run's."""
     num_envs: int = 1
@@ -43,7 +43,7 @@ class Arguments:
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every episode's seed, return and length to this file."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Record a drive on the first track (.gif or .mp4)."""
+    """Record the first episode (.gif or .mp4)."""
     planner: PlannerConfig = dataclasses.field(default_factory=PlannerConfig)
 
 
@@ -51,36 +51,36 @@ def evaluate(
     params: Params,
     config: Config,
     *,
-    tracks: int = 100,
+    episodes: int = 100,
     num_envs: int = 1,
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
 ) -> list[Driven]:
-    """Drive the first of the fixed tracks without exploration noise.
+    """Drive the first of the 100 fixed episodes without exploration noise.
 
-    The planner's keys follow from the track's seed, so the same parameters drive the same way.
+    The planner's keys follow from the episode's seed, so the same parameters drive the same way.
     A CarRacing episode is scored over all its frames, terminal or not, as in the paper.
 
     Args:
         params: parameters of all networks.
         config: the run's configuration.
-        tracks: how many, 1 .. 100.
+        episodes: how many, 1 .. 100.
         num_envs: environments driven in parallel.
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
 
-    Returns: one result a track, in order.
+    Returns: one result an episode, in order.
     """
     pool = make_pool(functools.partial(make, config.env, training=False), num_envs)
     try:
-        return drive(params, pool, _jobs(tracks), config=config, on_decision=on_decision)
+        return drive(params, pool, _jobs(episodes), config=config, on_decision=on_decision)
     finally:
         pool.close()
 
 
-def _jobs(tracks: int) -> list[Job]:
+def _jobs(episodes: int) -> list[Job]:
     key = jax.random.key(0)
-    return [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(tracks)]
+    return [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(episodes)]
 
 
 def summary(returns: Sequence[float]) -> dict[str, float | None]:
@@ -98,7 +98,7 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
 
 
 def record_video(params: Params, config: Config, path: Path) -> Driven:
-    """Record the drive on the first fixed track, the same that `evaluate` scores.
+    """Record the first fixed episode, the same that `evaluate` scores.
 
     Raises:
         UsageError: if the file cannot be written, or the optional dependency is missing.
@@ -108,12 +108,12 @@ def record_video(params: Params, config: Config, path: Path) -> Driven:
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
     (driven,) = drive(params, pool, _jobs(1), config=config)
-    write(env.render())
+    write(env.render(), env.metadata.get("render_fps", _FRAMES_PER_SECOND))
     pool.close()
     return driven
 
 
-def _video_writer(path: Path) -> Callable[[list[np.ndarray]], None]:
+def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
     """A function that writes frames to ``path``, checked before anything is driven."""
     if path.suffix not in (".gif", ".mp4"):
         raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
@@ -123,12 +123,12 @@ def _video_writer(path: Path) -> Callable[[list[np.ndarray]], None]:
     except ImportError:
         raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
 
-    def write(frames: list[np.ndarray]) -> None:
+    def write(frames: list[np.ndarray], fps: float) -> None:
         if path.suffix == ".gif":  # every fourth frame at half the size is small enough
             frames = [frame[::2, ::2] for frame in frames[::4]]
-            imageio.imwrite(path, frames, duration=4000 / _FRAMES_PER_SECOND, loop=0)
+            imageio.imwrite(path, frames, duration=4000 / fps, loop=0)
         else:
-            imageio.imwrite(path, np.stack(frames), fps=_FRAMES_PER_SECOND, plugin="FFMPEG")
+            imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG")
 
     return write
 
@@ -156,7 +156,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
         Arguments,
         argv,
         prog="python -m valdi_jax.evaluate",
-        description="Drive a trained agent on the fixed tracks.",
+        description="Drive a trained agent on fixed episodes.",
     )
     # The run is known only after a first reading; its planner is the default of the second.
     config = checkpoint.load_config(parse(default=Arguments(run=tyro.MISSING)).run)
@@ -166,7 +166,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
         raise UsageError("--diffusion-steps: the MLP dynamics of this run has no diffusion")
     if arguments.num_envs < 1:
         raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")
-    evaluation_seeds(arguments.tracks)
+    evaluation_seeds(arguments.episodes)
     return arguments, config
 
 
@@ -183,9 +183,14 @@ def main(argv: Sequence[str]) -> int:
         validate(each)
     if arguments.json:
         _check_writable(arguments.json)
-    example = example_observation(functools.partial(make_env, config.env, training=False), config)
+    interface = interface_of(functools.partial(make_env, config.env, training=False))
+    if interface.action_dim != config.model.action_dim:
+        raise UsageError(
+            f"{arguments.run} was trained with actions of size {config.model.action_dim}, but "
+            f"those of {config.env.name} have size {interface.action_dim}"
+        )
     found = checkpoint.latest(arguments.run)
-    params = checkpoint.load_params(found, example, config)
+    params = checkpoint.load_params(found, interface.example, config)
 
     if arguments.video:
         driven = record_video(params, configs[0], arguments.video)
@@ -193,17 +198,18 @@ def main(argv: Sequence[str]) -> int:
 
     results = []
     console = Console(stderr=True)
-    print(f"{found}, {arguments.tracks} tracks")
+    print(f"{found}, {arguments.episodes} episodes")
     print(f"{'steps':>6}{'mean':>9}{'+- SE':>8}{'median':>9}{'IQM':>9}{'plan ms':>9}")
     for each in configs:
         steps = each.planner.diffusion_steps
         with ProgressBar(console=console, transient=True) as bar:
-            decisions = arguments.tracks * -(-config.env.max_steps // config.model.chunk)
-            task = bar.add_task("driving", total=decisions / arguments.num_envs)
+            longest = -(-config.env.max_steps // config.model.chunk)  # 0 if not known
+            total = arguments.episodes * longest / arguments.num_envs or None
+            task = bar.add_task("driving", total=total)
             driven = evaluate(
                 params,
                 each,
-                tracks=arguments.tracks,
+                episodes=arguments.episodes,
                 num_envs=arguments.num_envs,
                 on_decision=functools.partial(bar.advance, task),
             )

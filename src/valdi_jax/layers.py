@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -50,10 +51,10 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Square convolution in NHWC: [B, height, width, in] -> [B, height', width', features]."""
+    """Convolution in NHWC: [B, height, width, in] -> [B, height', width', features]."""
 
     features: int
-    kernel: int
+    kernel: tuple[int, int]
     stride: int
     padding: int
 
@@ -61,11 +62,11 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         return nn.Conv(
             self.features,
-            (self.kernel, self.kernel),
+            self.kernel,
             strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
             kernel_init=_kernel_init,
-            bias_init=_bias_init(self.kernel**2 * x.shape[-1]),
+            bias_init=_bias_init(math.prod(self.kernel) * x.shape[-1]),
             name="conv",
         )(x)
 

@@ -8,27 +8,24 @@ import jax.numpy as jnp
 
 from valdi_jax import model
 from valdi_jax.config import Config
-from valdi_jax.dynamics import training_prediction
+from valdi_jax.dynamics import masked_mean, training_prediction
 from valdi_jax.sigreg import sigreg
 from valdi_jax.types import Array, Batch, Draws, Observation, Params
 
 
-def td_targets(
-    rewards: Array, next_values: Array, terminals: Array, *, discount: float, bootstrap: bool
-) -> Array:
+def td_targets(rewards: Array, next_values: Array, terminals: Array, *, discount: float) -> Array:
     """One-step TD targets [..., H + 1] in world-model steps.
 
     Args:
         rewards: [..., H + 1, C] of each environment step.
         next_values: [..., H + 1] value after each chunk.
-        terminals: [..., H + 1] 1 where the episode terminated within the chunk.
+        terminals: [..., H + 1] 1 where the episode terminated within the chunk: nothing follows.
         discount: per environment step.
-        bootstrap: bootstrap through terminal steps too.
     """
     chunk = rewards.shape[-1]
     chex.assert_equal_shape([rewards[..., 0], next_values, terminals])
-    continues = jnp.ones_like(terminals) if bootstrap else 1 - terminals
-    return chunk_rewards(rewards, discount=discount) + discount**chunk * continues * next_values
+    following = discount**chunk * (1 - terminals) * next_values
+    return chunk_rewards(rewards, discount=discount) + following
 
 
 def chunk_rewards(rewards: Array, *, discount: float) -> Array:
@@ -49,10 +46,15 @@ def objective(
         config: the run's configuration.
 
     The first observation is encoded with gradient; the H that follow give the dynamics' targets
-    under the EMA encoder, and all H + 1 that follow give the TD target's latents.
+    under the EMA encoder, and all H + 1 that follow give the TD target's latents. What lies beyond
+    an episode's end trains nothing.
     """
     learn, horizon = config.learn, config.model.horizon
     first, following = _split(batch.observations)
+    # The reference bootstraps through terminal steps: to it an episode has no end.
+    terminals = jnp.zeros_like(batch.terminals) if learn.bootstrap_terminal else batch.terminals
+    valid = before_end(terminals)  # [B, H + 1]
+    rewards = learn.reward_scale * batch.rewards
     z = model.encode(params, first, config=config)  # [B, D]
 
     def encode_following(params: Params, steps: int) -> Array:
@@ -67,23 +69,28 @@ def objective(
         targets = encode_following(ema_params, horizon)
 
     dynamics_loss, predicted = training_prediction(
-        params["dynamics"], z, batch.actions[:, :horizon], targets, draws, config=config.model
+        params["dynamics"],
+        z,
+        batch.actions[:, :horizon],
+        targets,
+        valid[:, :horizon],
+        draws,
+        config=config.model,
     )
     trajectory = jnp.concatenate([z[:, None], predicted], axis=1)  # [B, H + 1, D]
 
-    reward_target = chunk_rewards(batch.rewards, discount=learn.discount)
+    reward_target = chunk_rewards(rewards, discount=learn.discount)
     reward_pred = model.reward(params, trajectory, batch.actions, config=config)
-    reward_loss = jnp.mean((reward_pred - reward_target) ** 2)
+    reward_loss = masked_mean((reward_pred - reward_target) ** 2, valid)
 
     value_target = td_targets(
-        batch.rewards,
+        rewards,
         jax.lax.stop_gradient(model.value(ema_params, next_latents, config=config)),
-        batch.terminals,
+        terminals,
         discount=learn.discount,
-        bootstrap=learn.bootstrap_terminal,
     )
     value_preds = model.values(params, trajectory, config=config)  # [E, B, H + 1]
-    value_loss = jnp.mean((value_preds - value_target) ** 2)
+    value_loss = masked_mean((value_preds - value_target) ** 2, valid)
 
     sigreg_loss = sigreg(z, draws.directions, knots=learn.sigreg_knots)
 
@@ -98,10 +105,16 @@ def objective(
         "loss/reward": reward_loss,
         "loss/value": value_loss,
         "loss/sigreg": sigreg_loss,
-        "value/mean": value_preds.mean(),
-        "value/target_mean": value_target.mean(),
+        "value/mean": masked_mean(value_preds, valid),
+        "value/target_mean": masked_mean(value_target, valid),
         "latent/std": z.std(axis=0).mean(),
     }
+
+
+def before_end(terminals: Array) -> Array:
+    """1 for a chunk up to the terminal one, 0 for those after it: [..., H + 1] -> the same."""
+    alive = jnp.cumprod(1 - terminals, axis=-1)
+    return jnp.concatenate([jnp.ones_like(alive[..., :1]), alive[..., :-1]], axis=-1)
 
 
 def _split(observations: Observation) -> tuple[Observation, Observation]:

@@ -9,6 +9,7 @@ from valdi_jax.config import Config
 from valdi_jax.dynamics import imagine, init_dynamics
 from valdi_jax.encoder import Encoder
 from valdi_jax.heads import RewardHead, ValueHeads
+from valdi_jax.normalizer import init_normalizer, normalize
 from valdi_jax.types import Array, Observation, Params
 
 __all__ = [
@@ -37,21 +38,28 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
     observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
     z = jnp.zeros((1, model.latent_dim))
     chunk = jnp.zeros((1, model.chunk * model.action_dim))
-    return {
+    params = {
         "encoder": Encoder(model).init(encoder_key, observation)["params"],
         "dynamics": init_dynamics(dynamics_key, config=model),
         "reward": RewardHead(model).init(reward_key, z, chunk)["params"],
         "value": ValueHeads(model).init(value_key, z)["params"],
     }
+    if model.normalize and observation.vector is not None:
+        params["normalizer"] = init_normalizer(observation.vector.shape[-1])
+    return params
 
 
 def parameter_count(params: Params) -> int:
     """Trainable parameters in all."""
-    return sum(x.size for x in jax.tree.leaves(params))
+    trainable = {name: tree for name, tree in params.items() if name != "normalizer"}
+    return sum(x.size for x in jax.tree.leaves(trainable))
 
 
 def encode(params: Params, observation: Observation, *, config: Config) -> Array:
     """Latent [..., D] of an observation [..., ]."""
+    if "normalizer" in params:
+        vector = normalize(params["normalizer"], observation.vector)
+        observation = observation.replace(vector=vector)
     return Encoder(config.model).apply({"params": params["encoder"]}, observation)
 
 

@@ -38,7 +38,7 @@ class RunLog:
         self._write("metrics", record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation on the fixed tracks."""
+        """One evaluation."""
         self._write("evaluations", record)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:

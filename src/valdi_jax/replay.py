@@ -50,13 +50,24 @@ class Replay:
 
     @property
     def ready(self) -> bool:
-        """Whether any episode is long enough to hold a segment."""
-        return any(len(episode) >= self._config.segment_steps for episode in self._episodes)
+        """Whether there is any segment to draw."""
+        return any(self._starts(episode) for episode in self._episodes)
+
+    def _starts(self, episode: Episode) -> int:
+        """How many steps of an episode a segment can start at.
+
+        A segment fits within its episode, unless that ends in a terminal state that the TD target
+        stops at: such a segment may reach beyond the end, so that the last steps are learnt from as
+        often as the others, however short the episode is.
+        """
+        if episode.terminated and not self._config.learn.bootstrap_terminal:
+            return len(episode)
+        return max(0, len(episode) - self._config.segment_steps + 1)
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
         """Draw segments: an episode uniformly, then a start uniformly within it.
 
-        A segment lies within one episode, so episodes shorter than a segment are never drawn.
+        Beyond a terminal state the last observation is repeated, and actions and rewards are 0.
 
         Args:
             rng: source of the draws; the same state gives the same batch.
@@ -66,32 +77,33 @@ class Replay:
             ValueError: if no episode is long enough to hold a segment.
         """
         model, span = self._config.model, self._config.segment_steps
-        eligible = [episode for episode in self._episodes if len(episode) >= span]
+        eligible = [episode for episode in self._episodes if self._starts(episode)]
         if not eligible:
             raise ValueError(f"no episode of at least {span} steps to sample from")
         drawn = [eligible[i] for i in rng.integers(len(eligible), size=batch_size)]
-        starts = rng.integers([len(episode) - span + 1 for episode in drawn])
-        frames = np.arange(model.horizon + 2) * model.chunk
+        starts = rng.integers([self._starts(episode) for episode in drawn])
+        ends = np.array([len(episode) for episode in drawn])
+        steps = starts[:, None] + np.arange(span)  # [B, span]
+        frames = starts[:, None] + np.arange(model.horizon + 2) * model.chunk  # [B, H + 2]
+        within = steps < ends[:, None]
+        steps = np.minimum(steps, ends[:, None] - 1)
+        frames = np.minimum(frames, ends[:, None])
 
         def gather(field: str) -> np.ndarray | None:
             if getattr(drawn[0].observations, field) is None:
                 return None
             arrays = (getattr(episode.observations, field) for episode in drawn)
-            return np.stack([a[s + frames] for a, s in zip(arrays, starts, strict=True)])
+            return np.stack([array[i] for array, i in zip(arrays, frames, strict=True)])
 
-        def windows(field: str) -> np.ndarray:
-            arrays = (getattr(episode, field) for episode in drawn)
-            return np.stack([a[s : s + span] for a, s in zip(arrays, starts, strict=True)])
+        actions = np.stack([e.actions[i] for e, i in zip(drawn, steps, strict=True)])
+        rewards = np.stack([e.rewards[i] for e, i in zip(drawn, steps, strict=True)])
+        terminated = np.array([episode.terminated for episode in drawn])
+        last = within & (steps == ends[:, None] - 1) & terminated[:, None]
 
         lead = (batch_size, model.horizon + 1)
-        terminals = np.zeros(lead, np.float32)
-        # Only the last chunk of a segment can hold the terminal step: it is the episode's last.
-        terminals[:, -1] = [
-            e.terminated and s + span == len(e) for e, s in zip(drawn, starts, strict=True)
-        ]
         return Batch(
             observations=Observation(image=gather("image"), vector=gather("vector")),
-            actions=windows("actions").reshape(*lead, -1),
-            rewards=windows("rewards").reshape(*lead, model.chunk),
-            terminals=terminals,
+            actions=(actions * within[..., None]).reshape(*lead, -1),
+            rewards=(rewards * within).reshape(*lead, model.chunk),
+            terminals=last.reshape(*lead, model.chunk).any(axis=-1).astype(np.float32),
         )

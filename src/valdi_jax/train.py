@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import gymnasium as gym
 import jax
@@ -20,15 +20,15 @@ from rich.console import Console
 from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
 from valdi_jax.collect import Driven, Job, drive, exploration_noise, plan_batch
-from valdi_jax.config import PRESETS, Config, to_dict, validate
-from valdi_jax.envs import example_observation, make_env
+from valdi_jax.config import Config, default_config, to_dict, validate
+from valdi_jax.envs import interface_of, make_env
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
 from valdi_jax.types import AgentState, Array, Observation
-from valdi_jax.update import init_state, update
+from valdi_jax.update import init_state, observe, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
 _CHANGEABLE = ("collect.episodes", "eval.", "checkpoint.")
@@ -38,9 +38,11 @@ _CHANGEABLE = ("collect.episodes", "eval.", "checkpoint.")
 class Arguments:
     """Command line of the training command."""
 
-    preset: Literal["paper", "cpu", "tiny"] = "paper"
-    """Defaults to start from: paper (every value of the paper's Table 3), cpu (what two cores can
-    learn with in an hour or two), tiny (a smoke run of about a minute)."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing on two
+    cores in an hour or two), tiny (a smoke run of about a minute), pendulum, mountaincar,
+    lunarlander, bipedalwalker, bipedalwalker-hardcore, or gym (any other environment). By default
+    what suits the environment: paper for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the run; a new one under runs/ if not given."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
@@ -75,7 +77,10 @@ def train(
     validate(config)
     console = console or Console()
     factory = functools.partial(make, config.env, training=True)
-    example = example_observation(factory, config)
+    interface = interface_of(factory)
+    example = interface.example
+    config = config.replace(model={"action_dim": interface.action_dim})
+    validate(config)
     init_key, drive_key = jax.random.split(jax.random.key(config.seed))
     found = checkpoint.checkpoints(run_dir) if resume else []
     if found:
@@ -188,6 +193,7 @@ class _Run:
         for number, result in zip(numbers, driven, strict=True):
             self.replay.add(result.episode)
             checkpoint.save_episode(self.run_dir, number, result.episode)
+            self.state = observe(self.state, result.episode.observations.vector)
         steps = [len(result.episode) for result in driven]
         seeding = max(0, config.collect.seed_episodes - before)
         self.progress = dataclasses.replace(
@@ -255,13 +261,13 @@ class _Run:
         self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
 
     def evaluate(self) -> None:
-        """Drive fixed tracks without exploration noise."""
+        """Drive fixed episodes without exploration noise."""
         config = self.config
-        self.display.phase(f"evaluating on {config.eval.tracks} tracks")
+        self.display.phase(f"evaluating on {config.eval.episodes} episodes")
         driven = evaluate(
             self.state.params,
             config,
-            tracks=config.eval.tracks,
+            episodes=config.eval.episodes,
             num_envs=config.collect.num_envs,
             make=self.make,
             on_decision=self.check,
@@ -278,7 +284,7 @@ class _Run:
         )
         self.display.say(
             f"evaluation after {self.progress.episodes} episodes: mean return "
-            f"{np.mean(returns):.1f} on {len(returns)} tracks"
+            f"{np.mean(returns):.1f} over {len(returns)}"
         )
 
     def save(self) -> None:
@@ -324,11 +330,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     chosen = _value_of("--preset", argv)
     resumed = _value_of("--resume", argv)
-    if chosen is not None and chosen not in PRESETS:
-        raise UsageError(f"unknown preset {chosen!r}: choose one of {', '.join(PRESETS)}")
     if chosen is not None and resumed is not None:
         raise UsageError("--preset and --resume exclude each other: a run keeps its settings")
-    base = checkpoint.load_config(Path(resumed)) if resumed else PRESETS[chosen or "paper"]
+    if resumed:
+        base = checkpoint.load_config(Path(resumed))
+    else:
+        base = default_config(_value_of("--env", argv), chosen)
     arguments = cli.parse(
         Arguments,
         argv,
@@ -370,7 +377,7 @@ def main(argv: Sequence[str]) -> int:
     run_dir = (
         arguments.resume
         or arguments.run_dir
-        or Path("runs") / f"{arguments.config.env.name}-{stamp}"
+        or Path("runs") / f"{arguments.config.env.name.replace(':', '-').replace('/', '-')}-{stamp}"
     )
     try:
         train(arguments.config, run_dir, resume=arguments.resume is not None)

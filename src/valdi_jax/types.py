@@ -38,7 +38,10 @@ class Observation:
 
 @struct.dataclass
 class Batch:
-    """Training segments: H + 2 observations that are C environment steps apart."""
+    """Training segments: H + 2 observations that are C environment steps apart.
+
+    Where an episode terminated within a chunk, the chunks after it are padding.
+    """
 
     observations: Observation  # [B, H + 2, ...]
     actions: Array  # [B, H + 1, C * A], in [-1, 1]

@@ -6,11 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from valdi_jax.config import Config
 from valdi_jax.losses import objective
 from valdi_jax.model import init_params
+from valdi_jax.normalizer import merge
 from valdi_jax.sigreg import random_directions
 from valdi_jax.types import AgentState, Array, Batch, Draws, Observation
 
@@ -40,6 +42,18 @@ def init_state(key: Array, observation: Observation, *, config: Config) -> Agent
         optimizer=make_optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
         key=key,
+    )
+
+
+def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
+    """Let new vector observations [n, size] enter the normalisation, if the agent has one."""
+    if "normalizer" not in state.params:
+        return state
+    statistics = merge(state.params["normalizer"], vectors)
+    # The EMA's own copy, as both are donated to the update.
+    return state.replace(
+        params={**state.params, "normalizer": statistics},
+        ema_params={**state.ema_params, "normalizer": jax.tree.map(jnp.copy, statistics)},
     )
 
 

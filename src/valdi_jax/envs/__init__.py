@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 
 import gymnasium as gym
 import numpy as np
 
-from valdi_jax.config import Config, EnvConfig
+from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
-from valdi_jax.types import Observation
-
-_FACTORIES: dict[str, Callable[..., gym.Env]] = {"carracing": make_carracing}
 
 
 def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = None) -> gym.Env:
     """The environment that a configuration names.
-
-    Its observations are dicts of ``image`` (uint8) and ``vector`` (float32), either of which may
-    be absent; its actions lie in [-1, 1].
 
     Args:
         config: which environment, and how long its episodes are.
@@ -29,17 +25,72 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
         render_mode: ``"rgb_array"`` for videos.
 
     Raises:
-        UsageError: if there is no environment of that name.
+        UsageError: if there is no environment of that name, or it cannot be made.
     """
-    if config.name not in _FACTORIES:
-        near = difflib.get_close_matches(config.name, _FACTORIES, n=1, cutoff=0)
-        raise UsageError(f"unknown environment {config.name!r}: did you mean {near[0]!r}?")
-    env = _FACTORIES[config.name](
-        max_steps=config.max_steps, through_terminals=not training, render_mode=render_mode
-    )
+    if config.name == "carracing":
+        env = make_carracing(
+            max_steps=config.max_steps, through_terminals=not training, render_mode=render_mode
+        )
+    elif config.name in _NAMED:
+        env = _NAMED[config.name](max_steps=config.max_steps, render_mode=render_mode)
+    elif config.name.startswith("gym:"):
+        env = make_registered(
+            config.name.removeprefix("gym:"), max_steps=config.max_steps, render_mode=render_mode
+        )
+    else:
+        near = difflib.get_close_matches(config.name, ["carracing", *_NAMED], n=1, cutoff=0)
+        raise UsageError(
+            f"unknown environment {config.name!r}: did you mean {near[0]!r}? (gym:ID takes any "
+            "that is registered with Gymnasium)"
+        )
     if training and config.patience:
         env = Patience(env, config.patience)
     return env
+
+
+def make_registered(
+    name: str, *, max_steps: int, render_mode: str | None = None, **settings: object
+) -> gym.Env:
+    """An environment that is registered with Gymnasium.
+
+    Args:
+        name: its id.
+        max_steps: environment steps after which an episode is truncated; 0 for its own limit.
+        render_mode: of the environment.
+        settings: of the environment.
+
+    Raises:
+        UsageError: if there is none, it cannot be made, or its episodes would have no limit.
+    """
+    if ":" in name:
+        raise UsageError(
+            f"gym:{name} names a module to import, and a configuration may not import code: "
+            "register the environment in Python and train it with valdi_jax.train.train"
+        )
+    if render_mode is not None:  # else not passed on: an environment need not know of it
+        settings["render_mode"] = render_mode
+    try:
+        env = gym.make(
+            name,
+            max_episode_steps=max_steps or None,
+            disable_env_checker=True,
+            **settings,
+        )
+    except gym.error.Error as error:
+        raise UsageError(f"cannot make the environment gym:{name}: {error}") from error
+    if env.spec.max_episode_steps is None:
+        env.close()
+        raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
+    return env
+
+
+_NAMED: dict[str, Callable[..., gym.Env]] = {
+    "pendulum": functools.partial(make_registered, "Pendulum-v1"),
+    "mountaincar": functools.partial(make_registered, "MountainCarContinuous-v0"),
+    "lunarlander": functools.partial(make_registered, "LunarLander-v3", continuous=True),
+    "bipedalwalker": functools.partial(make_registered, "BipedalWalker-v3"),
+    "bipedalwalker-hardcore": functools.partial(make_registered, "BipedalWalkerHardcore-v3"),
+}
 
 
 class Patience(gym.Wrapper):
@@ -60,32 +111,26 @@ class Patience(gym.Wrapper):
         return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
 
 
-def example_observation(factory: Callable[[], gym.Env], config: Config) -> Observation:
-    """An all-zero observation of an environment, after a look at its actions.
+def interface_of(factory: Callable[[], gym.Env]) -> Interface:
+    """What an agent sees and does in the environments that a factory makes.
 
     Raises:
-        UsageError: if its actions are not those that the configuration is for.
+        UsageError: if an agent cannot see or act in them.
     """
     env = factory()
-    observations, actions = env.observation_space, env.action_space
-    env.close()
-    if actions.shape != (config.model.action_dim,):
-        raise UsageError(
-            f"--model.action-dim is {config.model.action_dim}, but the environment's actions have "
-            f"shape {actions.shape}"
-        )
-    return Observation(
-        **{name: np.zeros(box.shape, box.dtype) for name, box in observations.items()}
-    )
+    try:
+        return Interface(env.observation_space, env.action_space)
+    finally:
+        env.close()
 
 
 def evaluation_seeds(count: int) -> list[int]:
-    """The first ``count`` of the 100 fixed reset seeds that agents are compared on.
+    """The first ``count`` of the 100 fixed reset seeds (CarRacing: tracks) that agents meet.
 
     Raises:
         UsageError: if ``count`` is not in 1 .. 100.
     """
     if not 1 <= count <= 100:
-        raise UsageError(f"there are 100 fixed tracks, so between 1 and 100 can be driven: {count}")
+        raise UsageError(f"between 1 and 100 evaluation episodes can be driven, not {count}")
     seeds = np.random.default_rng(12345).integers(0, 2**31 - 1, size=100, dtype=np.int64)
     return [int(seed) for seed in seeds[:count]]

@@ -15,6 +15,7 @@ from typing import Protocol
 import gymnasium as gym
 import numpy as np
 
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.types import Observation
 
 
@@ -33,18 +34,21 @@ class Stepper:
 
     def __init__(self, factory: Callable[[], gym.Env]):
         self._env = factory()
+        self._interface = Interface(self._env.observation_space, self._env.action_space)
 
     def reset(self, seed: int) -> Observation:
         """Start an episode."""
         observation, _ = self._env.reset(seed=seed)
-        return Observation(**observation)
+        return self._interface.observe(observation)
 
     def step(self, actions: np.ndarray) -> Steps:
-        """Take a chunk of actions [C, A], stopping where the episode ends."""
+        """Take a chunk of actions [C, A] in [-1, 1], stopping where the episode ends."""
         observations, rewards, terminated, truncated = [], [], False, False
         for action in actions:
-            observation, reward, terminated, truncated, _ = self._env.step(action)
-            observations.append(Observation(**observation))
+            observation, reward, terminated, truncated, _ = self._env.step(
+                self._interface.act(action)
+            )
+            observations.append(self._interface.observe(observation))
             rewards.append(float(reward))
             if terminated or truncated:
                 break
