@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from valdi_jax.config import PRESETS, validate
+from valdi_jax.config import PRESETS, default_config, validate
 from valdi_jax.errors import UsageError
 
 
@@ -30,6 +30,29 @@ def test_the_paper_preset_is_table_3():
     assert paper.env.patience == 0
     assert paper.learn.bootstrap_terminal
     assert paper.learn.td_encoder == "online"
+
+
+def test_every_environment_has_a_preset_that_suits_it():
+    assert default_config(None, None) == default_config("carracing", None) == PRESETS["paper"]
+    assert default_config("carracing", "cpu") == default_config(None, "cpu") == PRESETS["cpu"]
+    assert default_config("lunarlander", None) == PRESETS["lunarlander"]
+    assert default_config("gym:Ant-v5", None) == PRESETS["gym"].replace(env={"name": "gym:Ant-v5"})
+    for name, config in PRESETS.items():
+        validate(config)
+        vector = name not in ("paper", "cpu", "tiny")
+        assert config.model.normalize == vector
+        assert config.learn.bootstrap_terminal != vector
+
+
+def test_a_preset_for_another_environment_keeps_what_belongs_to_the_environment():
+    config = default_config("pendulum", "tiny")
+    assert config.env == PRESETS["pendulum"].env
+    assert config.model == dataclasses.replace(PRESETS["tiny"].model, normalize=True)
+    assert config.learn.reward_scale == PRESETS["pendulum"].learn.reward_scale
+    assert not config.learn.bootstrap_terminal
+    assert config.planner == PRESETS["tiny"].planner
+    other = default_config("gym:Pendulum-v1", "pendulum")
+    assert other == PRESETS["pendulum"].replace(env={"name": "gym:Pendulum-v1"})
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -237,7 +237,7 @@ _VECTOR = Config(
         encoder_width=128,
         timestep_dim=16,
         transformer_width=128,
-        transformer_depth=3,
+        transformer_depth=2,
         transformer_heads=4,
         transformer_hidden=256,
         mlp_width=128,
@@ -304,7 +304,14 @@ PRESETS: dict[str, Config] = {
     "gym": _VECTOR,
     "pendulum": _VECTOR.replace(env={"name": "pendulum"}, learn={"reward_scale": 0.1}),
     "mountaincar": _VECTOR.replace(env={"name": "mountaincar"}),
-    "lunarlander": _VECTOR.replace(env={"name": "lunarlander"}, learn={"reward_scale": 0.1}),
+    # Longer chunks see further for the same price, and hovering has to look worse than landing.
+    "lunarlander": _VECTOR.replace(
+        env={"name": "lunarlander"},
+        model={"horizon": 3, "chunk": 4},
+        learn={"reward_scale": 0.1, "discount": 0.995},
+        collect={"noise_decay": 100},
+        eval={"every": 50, "episodes": 20},
+    ),
     "bipedalwalker": _VECTOR.replace(env={"name": "bipedalwalker"}, learn={"reward_scale": 0.1}),
     "bipedalwalker-hardcore": _VECTOR.replace(
         env={"name": "bipedalwalker-hardcore"}, learn={"reward_scale": 0.1}
@@ -332,9 +339,11 @@ def default_config(env: str | None, preset: str | None) -> Config:
     config = PRESETS[preset]
     if env is None or env == config.env.name:
         return config
-    # The preset's sizes and budgets, with what belongs to the environment.
+    config = config.replace(env=dataclasses.asdict(suited.env) | {"name": env})
+    if PRESETS[preset].env.name != "carracing":
+        return config
+    # The sizes and budgets of a CarRacing preset, with what another environment asks for.
     return config.replace(
-        env=dataclasses.asdict(suited.env) | {"name": env},
         model={"normalize": suited.model.normalize},
         learn={
             "bootstrap_terminal": suited.learn.bootstrap_terminal,

@@ -71,7 +71,9 @@ def evaluate(
 
     Returns: one result an episode, in order.
     """
-    pool = make_pool(functools.partial(make, config.env, training=False), num_envs)
+    factory = functools.partial(make, config.env, training=False)
+    config = config.replace(model={"action_dim": interface_of(factory).action_dim})
+    pool = make_pool(factory, num_envs)
     try:
         return drive(params, pool, _jobs(episodes), config=config, on_decision=on_decision)
     finally:
