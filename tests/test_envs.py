@@ -234,6 +234,14 @@ def test_a_failing_environment_in_a_worker_is_reported_with_its_traceback():
         pool.close()
 
 
+@pytest.mark.parametrize("reward", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_is_an_error(reward):
+    stepper = Stepper(functools.partial(Counting, reward=reward))
+    stepper.reset(0)
+    with pytest.raises(ValueError, match="reward is"):
+        stepper.step(np.zeros((3, 3), np.float32))
+
+
 def test_a_worker_that_dies_is_reported():
     pool = WorkerPool(Counting, 1)
     try:

@@ -24,6 +24,23 @@ def search(score=quadratic, seed=0, **settings):
     return cem(score, jnp.zeros(shape), jnp.ones(shape), jax.random.key(seed), **settings)
 
 
+def test_candidates_without_a_score_are_never_chosen():
+    def score(samples, key):
+        return jnp.where(samples > 0, jnp.nan, -((samples + 1) ** 2))
+
+    found = cem(
+        score,
+        jnp.zeros(()),
+        jnp.ones(()),
+        jax.random.key(0),
+        candidates=64,
+        elites=8,
+        iterations=10,
+    )
+    assert float(found.best) == pytest.approx(-1, abs=0.05)
+    assert float(found.mean) == pytest.approx(-1, abs=0.1)
+
+
 def test_cem_finds_the_optimum_of_a_quadratic():
     found = search()
     np.testing.assert_allclose(found.mean, OPTIMUM, atol=0.02)

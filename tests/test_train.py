@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import signal
 
@@ -15,8 +16,9 @@ from valdi_jax import checkpoint, cli
 from valdi_jax import train as train_module
 from valdi_jax.config import PRESETS
 from valdi_jax.envs import make_env
-from valdi_jax.errors import UsageError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.progress import read_jsonl
+from valdi_jax.replay import Replay
 from valdi_jax.train import parse_arguments, train
 
 
@@ -266,3 +268,56 @@ def test_one_line_says_what_a_decision_costs_on_a_cpu(tmp_path):
     assert ("--preset cpu is sized for it" in output) == (jax.default_backend() == "cpu")
     _, output = run(tmp_path / "light", 1)
     assert "--preset cpu" not in output
+
+
+def poison(monkeypatch, updates):
+    """Let the batches of the updates with these numbers hold rewards that are not a number."""
+    numbers, sample = itertools.count(), Replay.sample
+
+    def poisoned(self, rng, batch_size):
+        batch = sample(self, rng, batch_size)
+        if next(numbers) in updates:
+            batch = batch.replace(rewards=np.full_like(batch.rewards, np.nan))
+        return batch
+
+    monkeypatch.setattr(Replay, "sample", poisoned)
+
+
+def test_training_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkeypatch):
+    config = CONFIG.replace(learn={"nonfinite_limit": 4})
+    poison(monkeypatch, range(2, 100))
+    with pytest.raises(StoppedError, match=r"4 updates in a row.*loss/reward.* in update 6"):
+        run(tmp_path / "run", 5, config=config)
+    assert checkpoint.latest(tmp_path / "run").name == "00000004"
+    batches = sorted((tmp_path / "run" / "nonfinite").glob("*.npz"))
+    assert [path.stem for path in batches] == [f"{n:08d}" for n in (3, 4, 5, 6)]
+    with np.load(batches[0], allow_pickle=False) as file:
+        assert np.isnan(file["rewards"]).all()
+        assert np.isfinite(file["actions"]).all()
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3]
+    assert np.isfinite(records[2]["loss/total"])
+    monkeypatch.undo()
+    state, _ = run(tmp_path / "run", 5, config=config, resume=True)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_a_single_update_that_is_not_finite_is_warned_of(tmp_path, monkeypatch):
+    poison(monkeypatch, [2])
+    state, output = run(tmp_path / "run", 5)
+    assert output.count("which was refused; its batch is in") == 1
+    assert int(state.step) == 9
+
+
+def test_training_stops_where_the_planner_has_no_finite_score(tmp_path, monkeypatch):
+    drive = train_module.drive
+
+    def without_score(*args, **kwargs):
+        driven = drive(*args, **kwargs)
+        return [dataclasses.replace(d, predicted_return=-np.inf) for d in driven]
+
+    monkeypatch.setattr(train_module, "drive", without_score)
+    config = CONFIG.replace(learn={"nonfinite_limit": 2})
+    with pytest.raises(StoppedError, match="2 episodes in a row, the last of them episode 2"):
+        run(tmp_path / "run", 5, config=config)
+    assert checkpoint.latest(tmp_path / "run").name == "00000002"

@@ -253,6 +253,24 @@ def test_no_update_moves_the_normalisation():
     chex.assert_trees_all_close(state.ema_params["normalizer"], before, rtol=1e-6)
 
 
+@pytest.mark.parametrize("field", ["actions", "rewards", "observations"])
+def test_an_update_that_is_not_finite_changes_nothing(field):
+    state = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
+    state, metrics = update(state, random_batch(), config=CONFIG)
+    assert metrics["update/refused"] == 0
+    before = jax.tree.map(np.array, (state.params, state.ema_params, state.optimizer))
+    batch = random_batch()
+    array = batch.observations.vector if field == "observations" else getattr(batch, field)
+    array[3, 1] = np.nan
+    state, metrics = update(state, batch, config=CONFIG)
+    assert metrics["update/refused"] == 1
+    chex.assert_trees_all_equal((state.params, state.ema_params, state.optimizer), before)
+    assert int(state.step) == 2
+    state, metrics = update(state, random_batch(), config=CONFIG)
+    assert metrics["update/refused"] == 0
+    assert np.isfinite(metrics["loss/total"])
+
+
 def test_updates_differ_from_one_step_to_the_next_but_not_between_runs():
     config = configured(learning_rate=1e-12)
     losses = []

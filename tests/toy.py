@@ -27,8 +27,11 @@ class Counting(gym.Env):
     observation_space = gym.spaces.Dict(vector=gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
-    def __init__(self, length: int = 1000, max_steps: int = 30, fail_at: int | None = None):
+    def __init__(
+        self, length: int = 1000, max_steps: int = 30, fail_at: int | None = None, reward=1
+    ):
         self.length, self.max_steps, self.fail_at = length, max_steps, fail_at
+        self.reward = reward
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -42,7 +45,7 @@ class Counting(gym.Env):
             raise OSError("the road is closed")
         terminated = self.steps >= self.length
         truncated = not terminated and self.steps >= self.max_steps
-        return self._observation(), float(self.steps), terminated, truncated, {}
+        return self._observation(), float(self.reward * self.steps), terminated, truncated, {}
 
     def _observation(self):
         return {"vector": np.array([self.seed, self.steps], np.float32)}

@@ -6,6 +6,7 @@
         training/                   EMA, optimizer, step and key (Orbax)
         progress.json               counters
     RUN/replay/00000024.npz       one episode, written once
+    RUN/nonfinite/00000731.npz    the batch of an update whose loss was not finite
     RUN/metrics.jsonl             one line an episode
     RUN/evaluations.jsonl         one line an evaluation
     RUN/events.out.tfevents.*     TensorBoard
@@ -32,7 +33,7 @@ from valdi_jax.config import Config, from_dict, to_dict
 from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
 from valdi_jax.replay import Episode
-from valdi_jax.types import AgentState, Observation, Params
+from valdi_jax.types import AgentState, Batch, Observation, Params
 from valdi_jax.update import init_state
 
 _UNFINISHED = ("partial", "replaced")  # prefixes of checkpoints that do not count
@@ -204,13 +205,33 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> None:
         "image": episode.observations.image,
         "vector": episode.observations.vector,
     }
+    _write_arrays(path, arrays)
+
+
+def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
+    """Keep the batch of an update for inspection."""
+    path = run_dir / "nonfinite" / f"{number:08d}.npz"
+    path.parent.mkdir(exist_ok=True)
+    arrays = {
+        "image": batch.observations.image,
+        "vector": batch.observations.vector,
+        "actions": batch.actions,
+        "rewards": batch.rewards,
+        "terminals": batch.terminals,
+    }
+    _write_arrays(path, arrays)
+    return path
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> None:
+    """Write an .npz file without the arrays that are None, complete or not at all."""
     partial = path.with_suffix(".partial")
     # Level 1: rendered frames shrink twelvefold at it, in 50 ms an episode.
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for name, array in arrays.items():
             if array is not None:
                 with file.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
     partial.replace(path)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from valdi_jax.errors import UsageError
+from valdi_jax.errors import StoppedError, UsageError
 
 T = TypeVar("T")
 (_HIDDEN,) = tyro.conf.Suppress[int].__metadata__
@@ -85,12 +85,15 @@ def _sentence(message: str) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command: a usage error becomes one sentence and exit status 2."""
+    """Run a command: an error that is a sentence is printed, with exit status 2 or 3."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`

@@ -133,6 +133,9 @@ class LearnConfig:
     """Bootstrap the TD target through a terminal step, as the reference does."""
     reward_scale: float = 1.0
     """Factor on the rewards that the heads learn from; it changes no reported return."""
+    nonfinite_limit: int = 10
+    """Updates in a row with a loss or gradient that is not finite, or planner answers likewise,
+    after which training stops."""
     td_encoder: Literal["online", "ema"] = "online"
     """Encoder whose latents the TD target is taken at (the reference: online)."""
 
@@ -302,14 +305,19 @@ PRESETS: dict[str, Config] = {
         checkpoint=CheckpointConfig(every=3),
     ),
     "gym": _VECTOR,
-    "pendulum": _VECTOR.replace(env={"name": "pendulum"}, learn={"reward_scale": 0.1}),
+    "pendulum": _VECTOR.replace(
+        env={"name": "pendulum"},
+        learn={"reward_scale": 0.1},
+        collect={"episodes": 40},
+        eval={"every": 20, "episodes": 20},
+    ),
     "mountaincar": _VECTOR.replace(env={"name": "mountaincar"}),
     # Longer chunks see further for the same price, and hovering has to look worse than landing.
     "lunarlander": _VECTOR.replace(
         env={"name": "lunarlander"},
         model={"horizon": 3, "chunk": 4},
         learn={"reward_scale": 0.1, "discount": 0.995},
-        collect={"noise_decay": 100},
+        collect={"episodes": 150, "noise_decay": 100},
         eval={"every": 50, "episodes": 20},
     ),
     "bipedalwalker": _VECTOR.replace(env={"name": "bipedalwalker"}, learn={"reward_scale": 0.1}),
@@ -363,7 +371,7 @@ def validate(config: Config) -> None:
     counts += ["planner.candidates", "planner.iterations"]
     counts += ["planner.diffusion_steps", "learn.batch_size", "learn.sigreg_directions"]
     counts += ["collect.episodes", "collect.num_envs", "replay.capacity", "eval.episodes"]
-    counts += ["checkpoint.every", "checkpoint.keep"]
+    counts += ["learn.nonfinite_limit", "checkpoint.every", "checkpoint.keep"]
     least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
     if config.env.max_steps:  # or no episode holds a training segment
         least["env.max_steps"] = config.segment_steps

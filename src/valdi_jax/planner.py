@@ -58,6 +58,8 @@ def cem(
         noise = jax.random.normal(sample_key, (candidates, *mean.shape))
         samples = state.mean + state.std * noise
         scores = score_fn(samples, score_key)
+        # A candidate whose score is not a number is never an elite while any other is left.
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         elite_scores, indices = jax.lax.top_k(scores, elites)
         elite = samples[indices]
         improved = elite_scores[0] > state.best_score

@@ -23,11 +23,11 @@ from valdi_jax.collect import Driven, Job, drive, exploration_noise, plan_batch
 from valdi_jax.config import Config, default_config, to_dict, validate
 from valdi_jax.envs import interface_of, make_env
 from valdi_jax.envs.workers import Pool, make_pool
-from valdi_jax.errors import UsageError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Replay
-from valdi_jax.types import AgentState, Array, Observation
+from valdi_jax.types import AgentState, Array, Batch, Observation
 from valdi_jax.update import init_state, observe, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
@@ -73,6 +73,7 @@ def train(
     Raises:
         UsageError: if the directory cannot serve, or the configuration is not valid.
         cli.Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
+        StoppedError: if losses or scores stay not finite, likewise.
     """
     validate(config)
     console = console or Console()
@@ -147,6 +148,9 @@ class _Run:
     evaluated: int  # episodes at the last evaluation
     saved: Progress | None  # at the last checkpoint
     clock: float  # when the run would have begun, had it never stopped
+    unjudged: tuple[Batch, dict[str, Array]] | None = None  # the last update, until it is judged
+    refused: int = 0  # updates in a row that were not finite
+    unscored: int = 0  # episodes in a row that the planner had no finite score for
 
     def go(self) -> None:
         """Run to the end, or to an interrupt; leave a checkpoint either way."""
@@ -164,7 +168,7 @@ class _Run:
                 if self.progress.episodes >= total:
                     break
                 self.round()
-        except cli.Interrupted as interrupt:
+        except (cli.Interrupted, StoppedError) as interrupt:
             self.save()
             self.display.say(f"{interrupt}: saved; continue with --resume {self.run_dir}")
             raise
@@ -205,8 +209,9 @@ class _Run:
         )
         metrics: list[dict[str, Array]] = []
         try:
+            self.check_scores(driven)
             self.learn(metrics)
-        except cli.Interrupted:
+        except (cli.Interrupted, StoppedError):
             # The episodes are driven: they count, and the updates they are owed come on resuming.
             self.report(numbers, driven, {"plan/noise_std": noise_std, **_means(metrics)})
             raise
@@ -253,12 +258,48 @@ class _Run:
             rng = np.random.default_rng([2, config.seed, self.updates])
             batch = self.replay.sample(rng, config.learn.batch_size)
             # The next batch is drawn while the device works, but only one ahead.
-            jax.block_until_ready(metrics[-1:])
+            self.judge()
             self.state, values = update(self.state, batch, config=config)
             self.updates += 1
+            self.unjudged = batch, values
             metrics.append(values | {"time/update_ms": 1e3 * (time.perf_counter() - start)})
-        jax.block_until_ready(metrics[-1:])
+        self.judge()
         self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
+
+    def check_scores(self, driven: Sequence[Driven]) -> None:
+        """Raises StoppedError if the planner had no finite score for too many episodes in a row."""
+        for result in driven:
+            finite = np.isfinite(result.predicted_return)
+            self.unscored = 0 if finite else self.unscored + 1
+        limit = self.config.learn.nonfinite_limit
+        if self.unscored >= limit:
+            raise StoppedError(
+                f"the planner's scores were not finite in {self.unscored} episodes in a row, the "
+                f"last of them episode {self.progress.episodes}"
+            )
+
+    def judge(self) -> None:
+        """Wait for the last update, and keep its batch if it was refused.
+
+        Raises:
+            StoppedError: if it is one too many in a row.
+        """
+        if self.unjudged is None:
+            return
+        (batch, values), self.unjudged = self.unjudged, None
+        if not float(values["update/refused"]):
+            self.refused = 0
+            return
+        self.refused += 1
+        limit = self.config.learn.nonfinite_limit
+        names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
+        sentence = f"{names} not finite in update {self.updates}, which was refused"
+        if len(list(self.run_dir.glob("nonfinite/*.npz"))) < limit:
+            path = checkpoint.save_batch(self.run_dir, self.updates, batch)
+            sentence += f"; its batch is in {path}"
+        self.display.say(f"warning: {sentence}")
+        if self.refused >= limit:
+            raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
 
     def evaluate(self) -> None:
         """Drive fixed episodes without exploration noise."""
@@ -318,8 +359,13 @@ class _Run:
 
 
 def _means(metrics: list[dict[str, Array]]) -> dict[str, float]:
-    """Mean of each metric over several updates; nothing where there were none."""
-    return {name: float(np.mean([m[name] for m in metrics])) for name in (metrics or [{}])[0]}
+    """Mean of each metric over several updates, of those where it is finite."""
+    means = {}
+    for name in (metrics or [{}])[0]:
+        values = np.array([m[name] for m in metrics])
+        if np.isfinite(values).any():
+            means[name] = float(values[np.isfinite(values)].mean())
+    return means
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:

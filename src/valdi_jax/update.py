@@ -81,6 +81,13 @@ def apply_update(
     params = optax.apply_updates(state.params, updates)
     ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
     metrics["grad/norm"] = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["grad/norm"])
+    metrics["update/refused"] = 1 - finite.astype(jnp.float32)
+    params, ema_params, optimizer = jax.tree.map(
+        functools.partial(jnp.where, finite),
+        (params, ema_params, optimizer),
+        (state.params, state.ema_params, state.optimizer),
+    )
     state = state.replace(
         params=params, ema_params=ema_params, optimizer=optimizer, step=state.step + 1
     )
@@ -93,9 +100,12 @@ def update(
 ) -> tuple[AgentState, dict[str, Array]]:
     """One optimizer step, then the EMA. The state given is donated: use the one returned.
 
+    An update whose loss or gradient is not finite changes nothing but the count of steps.
+
     Returns:
         The new state, and scalar metrics: every loss term, the gradient norm before clipping, the
-        mean value and the latents' standard deviation.
+        mean value, the latents' standard deviation, and ``update/refused``, which is 1 where the
+        update was not finite.
     """
     key = jax.random.fold_in(state.key, state.step)
     draws = draw(key, batch.actions.shape[0], config=config)

@@ -50,6 +50,7 @@ class Stepper:
             )
             observations.append(self._interface.observe(observation))
             rewards.append(float(reward))
+            _check_finite(observations[-1], rewards[-1])
             if terminated or truncated:
                 break
         return Steps(observations, rewards, bool(terminated), bool(truncated))
@@ -57,6 +58,14 @@ class Stepper:
     def close(self) -> None:
         """Release the environment."""
         self._env.close()
+
+
+def _check_finite(observation: Observation, reward: float) -> None:
+    """Raises ValueError now: later it would be in the replay and in the normalisation for good."""
+    if not np.isfinite(reward):
+        raise ValueError(f"the environment's reward is {reward}")
+    if observation.vector is not None and not np.isfinite(observation.vector).all():
+        raise ValueError(f"the environment's observation is not finite: {observation.vector}")
 
 
 class Pool(Protocol):
