@@ -1,6 +1,9 @@
 """Training returns of several runs side by side (the paper's Figure 4, left).
 
-python experiments/learning_curves.py diffusion=runs/a mlp=runs/b --out curves.png
+python experiments/learning_curves.py diffusion=runs/a,runs/b,runs/c mlp=runs/d --out curves.png
+
+Runs joined by commas differ in their seeds: their mean is drawn, with the range from lowest to
+highest.
 """
 
 from __future__ import annotations
@@ -21,30 +24,45 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
+def read_run(directory: Path, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What a run's episodes are drawn against, and their smoothed returns."""
+    records = read_jsonl(directory / "metrics.jsonl")
+    if not records:
+        raise SystemExit(f"{directory} holds no episodes")
+    axes = {
+        "environment steps": np.array([record["total/env_steps"] for record in records]),
+        "minutes": np.array([record["time/seconds"] for record in records]) / 60,
+    }
+    returns = np.array([record["episode/return"] for record in records])
+    return axes, moving_average(returns, window)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN", help="run directories to compare")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN,...", help="runs to compare")
     parser.add_argument("--window", type=int, default=20, help="episodes of the moving average")
+    parser.add_argument("--level", type=float, help="return to draw a line at")
     parser.add_argument("--out", type=Path, default=Path("learning_curves.png"))
     arguments = parser.parse_args()
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for argument in arguments.runs:
-        label, _, directory = argument.partition("=")
-        records = read_jsonl(Path(directory) / "metrics.jsonl")
-        returns = np.array([record["episode/return"] for record in records])
-        smooth = moving_average(returns, arguments.window)
-        axes = {
-            "episodes": 1 + np.arange(len(returns)),
-            "hours": np.array([record["time/seconds"] for record in records]) / 3600,
-        }
-        for panel, (name, x) in zip(panels, axes.items(), strict=True):
-            (line,) = panel.plot(x, smooth, label=label)
-            panel.plot(x, returns, ".", color=line.get_color(), alpha=0.25, markersize=4)
+        label, _, directories = argument.partition("=")
+        runs = [read_run(Path(name), arguments.window) for name in directories.split(",")]
+        for panel, name in zip(panels, ("environment steps", "minutes"), strict=True):
+            # A common axis, as far as every one of the runs has come.
+            start = max(axes[name][0] for axes, _ in runs)
+            x = np.linspace(start, min(axes[name][-1] for axes, _ in runs), 200)
+            curves = np.stack([np.interp(x, axes[name], returns) for axes, returns in runs])
+            (line,) = panel.plot(x, curves.mean(axis=0), label=label)
+            if len(runs) > 1:
+                low, high = curves.min(axis=0), curves.max(axis=0)
+                panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             panel.set_xlabel(name)
     panels[0].set_ylabel(f"training return, mean of {arguments.window}")
     for panel in panels:
-        panel.axhline(-30, color="gray", linewidth=0.8, linestyle=":")
+        if arguments.level is not None:
+            panel.axhline(arguments.level, color="gray", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)

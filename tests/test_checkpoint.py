@@ -1,5 +1,8 @@
 import dataclasses
+import io
 import json
+import os
+import zipfile
 
 import chex
 import jax
@@ -32,7 +35,7 @@ def state():
 
 def test_a_checkpoint_holds_everything_exactly(run, state):
     progress = Progress(episodes=7, env_steps=70, learning_steps=50, seconds=1.5)
-    path = checkpoint.save(run, state, progress, keep=2)
+    path = checkpoint.save(run, state, progress, keep=2, replay={})
     restored, counters = checkpoint.load(path, EXAMPLE, CONFIG)
     assert counters == progress
     chex.assert_trees_all_equal(restored.params, state.params)
@@ -45,28 +48,28 @@ def test_a_checkpoint_holds_everything_exactly(run, state):
 
 def test_only_the_newest_checkpoints_are_kept(run, state):
     for episodes in (1, 2, 3):
-        checkpoint.save(run, state, Progress(episodes=episodes), keep=2)
+        checkpoint.save(run, state, Progress(episodes=episodes), keep=2, replay={})
     assert [p.name for p in checkpoint.checkpoints(run)] == ["00000002", "00000003"]
     assert checkpoint.latest(run).name == "00000003"
 
 
 def test_an_unfinished_checkpoint_does_not_count_and_is_swept_away(run, state):
-    checkpoint.save(run, state, Progress(episodes=1), keep=2)
+    checkpoint.save(run, state, Progress(episodes=1), keep=2, replay={})
     (run / "checkpoints" / "partial-00000002").mkdir()
     assert checkpoint.latest(run).name == "00000001"
-    checkpoint.save(run, state, Progress(episodes=3), keep=2)
+    checkpoint.save(run, state, Progress(episodes=3), keep=2, replay={})
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["00000001", "00000003"]
 
 
 def test_a_checkpoint_can_be_written_again(run, state):
     for seconds in (1.0, 2.0):
-        path = checkpoint.save(run, state, Progress(episodes=1, seconds=seconds), keep=1)
+        path = checkpoint.save(run, state, Progress(episodes=1, seconds=seconds), keep=1, replay={})
     assert checkpoint.load(path, EXAMPLE, CONFIG)[1].seconds == 2.0
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000001"]
 
 
 def test_damaged_counters_are_refused_by_name(run, state):
-    path = checkpoint.save(run, state, Progress(episodes=1), keep=2)
+    path = checkpoint.save(run, state, Progress(episodes=1), keep=2, replay={})
     for content in ("", "{}", "[]", '{"episodes": "x"}'):
         (path / "progress.json").write_text(content)
         with pytest.raises(UsageError, match=r"cannot read .*progress\.json"):
@@ -74,7 +77,7 @@ def test_damaged_counters_are_refused_by_name(run, state):
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_by_name(run, state):
-    path = checkpoint.save(run, state, Progress(episodes=1), keep=2)
+    path = checkpoint.save(run, state, Progress(episodes=1), keep=2, replay={})
     for change in ({"latent_dim": 24}, {"dynamics": "mlp"}, {"transformer_depth": 2}):
         other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **change))
         with pytest.raises(UsageError, match=r"does not fit this configuration: \w+/"):
@@ -136,7 +139,7 @@ def test_a_configuration_file_that_is_not_json_is_refused(run):
 def test_an_episode_survives_the_round_trip(run):
     original = episode(3, 20, terminated=True)
     checkpoint.save_episode(run, 3, original)
-    restored = checkpoint.load_episode(run, 3)
+    restored = checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
     assert restored.observations.image is None
     np.testing.assert_array_equal(restored.observations.vector, original.observations.vector)
     np.testing.assert_array_equal(restored.actions, original.actions)
@@ -144,15 +147,56 @@ def test_an_episode_survives_the_round_trip(run):
     assert (restored.terminated, restored.truncated, restored.seed) == (True, False, 3)
 
 
+class Malicious:
+    def __reduce__(self):
+        return (print, ("a pickle was executed",))
+
+
+def pickled(tmp_path):
+    """An .npz file that holds a pickle."""
+    np.savez(tmp_path / "pickle.npz", rewards=np.array([Malicious()], dtype=object))
+    return (tmp_path / "pickle.npz").read_bytes()
+
+
+def test_an_episode_of_another_environment_is_refused(run):
+    checkpoint.save_episode(run, 3, episode(3, 20))
+    for example, config in (
+        (Observation(vector=np.zeros(5, np.float32)), CONFIG),
+        (EXAMPLE.replace(image=np.zeros((8, 8, 3), np.uint8)), CONFIG),
+        (EXAMPLE, CONFIG.replace(model={"action_dim": 2})),
+    ):
+        with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz.*it holds"):
+            checkpoint.load_episode(run, 3, example, config)
+
+
+def test_a_header_that_promises_more_than_there_is_is_refused_before_it_is_allocated(run):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    )
+    (run / "replay").mkdir()
+    with zipfile.ZipFile(run / "replay" / "00000003.npz", "w") as file:
+        file.writestr("rewards.npy", header.getvalue())
+    with pytest.raises(UsageError, match="not the array that it says it is"):
+        checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
+
+
+def test_equal_episodes_give_equal_files(run):
+    digests = {checkpoint.save_episode(run, number, episode(0, 20)) for number in (1, 2)}
+    assert len(digests) == 1
+    assert digests != {checkpoint.save_episode(run, 3, episode(1, 20))}
+
+
 def test_a_damaged_episode_is_refused_by_name(run):
     checkpoint.save_episode(run, 3, episode(3, 20))
     path = run / "replay" / "00000003.npz"
     intact = path.read_bytes()
     damaged = [intact[:-30], b"", intact[:100] + bytes([intact[100] ^ 255]) + intact[101:]]
+    damaged.append(pickled(tmp_path=run))
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz"):
-            checkpoint.load_episode(run, 3)
+            checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
 
 
 def test_old_episodes_are_pruned(run):
@@ -160,3 +204,107 @@ def test_old_episodes_are_pruned(run):
         checkpoint.save_episode(run, number, episode(number, 20))
     checkpoint.prune_episodes(run, before=2)
     assert sorted(p.name for p in (run / "replay").iterdir()) == ["00000002.npz", "00000003.npz"]
+
+
+@pytest.fixture
+def driven(run, state):
+    """A run with three episodes, and checkpoints after two and after three."""
+    digests = {n: checkpoint.save_episode(run, n, episode(n, 20)) for n in range(2)}
+    checkpoint.save(run, state, Progress(episodes=2), keep=2, replay=digests)
+    digests[2] = checkpoint.save_episode(run, 2, episode(2, 20))
+    checkpoint.save(run, state, Progress(episodes=3), keep=2, replay=digests)
+    return run
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_run_goes_on_from_its_newest_checkpoint(driven):
+    used, digests, sentences = checkpoint.recover(driven)
+    assert used.name == "00000003"
+    assert list(digests) == [0, 1, 2]
+    assert sentences == []
+    assert checkpoint.main([str(driven)]) == 0
+
+
+def test_damage_to_any_file_of_a_checkpoint_is_found_by_name(driven):
+    newest = driven / "checkpoints" / "00000003"
+    rng = np.random.default_rng(0)
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        intact = path.read_bytes()
+        for damage in ("flipped", "cut", "missing"):
+            if damage == "flipped" and intact:
+                flip(path, rng.integers(len(intact)))
+            elif damage == "cut":
+                path.write_bytes(intact[:-1])
+            else:
+                path.unlink()
+            if intact or damage == "missing":
+                assert any(str(path) in sentence for sentence in checkpoint.verify(newest)), path
+            path.write_bytes(intact)
+    (newest / "params" / "more").write_text("")
+    assert checkpoint.verify(newest) == [f"{newest}/params/more does not belong there"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(driven, capsys):
+    flip(next((driven / "checkpoints/00000003/params").rglob("d/*")), 7)
+    assert checkpoint.main([str(driven)]) == 1
+    output = capsys.readouterr().out
+    assert "damaged" in output
+    assert "differs from its checksum" in output
+    used, digests, sentences = checkpoint.recover(driven)
+    assert used.name == "00000002"
+    assert list(digests) == [0, 1]
+    assert any("00000003/params" in sentence for sentence in sentences)
+    assert (driven / "checkpoints" / "damaged-00000003").is_dir()
+    assert checkpoint.recover(driven)[2] == []
+
+
+def test_a_damaged_episode_is_set_aside_for_a_checkpoint_without_it(driven):
+    flip(driven / "replay/00000002.npz", 50)
+    used, digests, sentences = checkpoint.recover(driven)
+    assert used.name == "00000002"
+    assert list(digests) == [0, 1]
+    assert any("replay/00000002.npz differs" in sentence for sentence in sentences)
+    assert (driven / "replay" / "damaged-00000002.npz").is_file()
+
+
+def test_an_episode_that_every_checkpoint_needs_is_left_out_and_said_so(driven):
+    (driven / "replay/00000000.npz").unlink()
+    used, digests, sentences = checkpoint.recover(driven)
+    assert used.name == "00000003"
+    assert list(digests) == [1, 2]
+    assert any("replay/00000000.npz is missing" in sentence for sentence in sentences)
+    assert "going on without 1 damaged episodes" in sentences
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(driven):
+    for number in (2, 3):
+        (driven / f"checkpoints/{number:08d}/manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"no checkpoint of .* is whole"):
+        checkpoint.recover(driven)
+
+
+def test_equal_states_have_equal_contents(tmp_path, state):
+    contents = []
+    for name, seconds, digest in (("a", 1.0, "x"), ("b", 2.0, "x"), ("c", 1.0, "y")):
+        checkpoint.create_run(tmp_path / name, CONFIG)
+        path = checkpoint.save(
+            tmp_path / name, state, Progress(1, seconds=seconds), keep=1, replay={0: digest}
+        )
+        contents.append(json.loads((path / "manifest.json").read_text())["content"])
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_a_run_directory_serves_one_process(run):
+    with checkpoint.lock(run):
+        message = f"in use by the process {os.getpid()}"
+        with pytest.raises(UsageError, match=message), checkpoint.lock(run):
+            pass
+    with checkpoint.lock(run):
+        pass

@@ -17,6 +17,7 @@ class TwoLocal:
     """A pool of two environments in this process."""
 
     size = 2
+    restarts = 0
 
     def __init__(self, *factories):
         self.pools = [LocalPool(factory) for factory in factories]
@@ -102,3 +103,34 @@ def test_exploration_noise_is_held_and_then_falls():
     np.testing.assert_allclose(noise, [0.25, 0.25, 0.25, 0.15, 0.05, 0.05])
     steady = dataclasses.replace(config, noise_decay=0)
     assert exploration_noise(300, steady) == pytest.approx(0.05)
+
+
+class Losing(TwoLocal):
+    """A pool that loses its first environment at certain requests."""
+
+    def __init__(self, *factories, resets=(), steps=()):
+        super().__init__(*factories)
+        self.losses = {"reset": resets, "step": steps}
+        self.requests = {"reset": 0, "step": 0}
+
+    def lose(self, kind, arguments):
+        self.requests[kind] += 1
+        lost = self.requests[kind] in self.losses[kind]
+        return {i: value for i, value in arguments.items() if not (lost and i == 0)}
+
+    def reset(self, seeds):
+        return super().reset(self.lose("reset", seeds))
+
+    def step(self, actions):
+        return super().step(self.lose("step", actions))
+
+
+@pytest.mark.parametrize("losses", [{"resets": (1,)}, {"steps": (2,)}, {"steps": (1, 3, 9)}])
+def test_an_episode_lost_with_its_environment_is_driven_again(params, losses):
+    factory = functools.partial(Counting, length=7)
+    undisturbed = drive(params, TwoLocal(factory, factory), jobs(1, 2, 3), config=CONFIG)
+    driven = drive(params, Losing(factory, factory, **losses), jobs(1, 2, 3), config=CONFIG)
+    assert [d.episode.seed for d in driven] == [1, 2, 3]
+    for one, other in zip(driven, undisturbed, strict=True):
+        np.testing.assert_array_equal(one.episode.rewards, other.episode.rewards)
+        np.testing.assert_allclose(one.episode.actions, other.episode.actions, atol=1e-4)

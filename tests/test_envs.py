@@ -196,7 +196,7 @@ def test_workers_leave_signals_to_the_parent():
     pool = WorkerPool(Counting, 1)
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):  # while the worker is still starting
-            os.kill(pool._processes[0].pid, signum)
+            os.kill(pool._workers[0][0].pid, signum)
         assert pool.reset({0: 7})[0].vector[0] == 7
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
@@ -221,7 +221,7 @@ def test_worker_processes_answer_as_a_local_environment_does():
                 )
     finally:
         pool.close()
-    assert not any(process.is_alive() for process in pool._processes)
+    assert not any(process.is_alive() for process, _ in pool._workers)
 
 
 def test_a_failing_environment_in_a_worker_is_reported_with_its_traceback():
@@ -242,13 +242,36 @@ def test_a_reward_that_is_not_finite_is_an_error(reward):
         stepper.step(np.zeros((3, 3), np.float32))
 
 
-def test_a_worker_that_dies_is_reported():
-    pool = WorkerPool(Counting, 1)
+def test_a_worker_that_dies_is_replaced_and_the_others_go_on():
+    pool = WorkerPool(Counting, 2)
+    try:
+        pool.reset({0: 1, 1: 2})
+        pool._workers[0][0].kill()
+        answers = pool.step(dict.fromkeys((0, 1), np.zeros((3, 3), np.float32)))
+        assert list(answers) == [1]
+        assert pool.restarts == 1
+        assert pool.reset({0: 7})[0].vector[0] == 7
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_hangs_is_replaced():
+    pool = WorkerPool(functools.partial(Counting, hang_at=2), 1, timeout=15)
     try:
         pool.reset({0: 1})
-        pool._processes[0].kill()
-        pool._processes[0].join()
-        with pytest.raises(RuntimeError, match="worker died"):
-            pool.step({0: np.zeros((3, 3), np.float32)})
+        pool._timeout = 0.5  # it has started by now
+        assert pool.step({0: np.zeros((3, 3), np.float32)}) == {}
+        pool._timeout = 15
+        assert pool.reset({0: 7})[0].vector[0] == 7
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_is_lost_again_and_again_is_given_up():
+    pool = WorkerPool(functools.partial(os._exit, 9), 1)
+    try:
+        assert pool.reset({0: 1}) == pool.reset({0: 1}) == {}
+        with pytest.raises(RuntimeError, match=r"env-0 was lost 3 times in a row \(exit code 9"):
+            pool.reset({0: 1})
     finally:
         pool.close()

@@ -9,8 +9,8 @@ FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
     *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer", "heads"),
     *("diffusion", "sigreg", "dynamics", "model", "losses", "update", "planner", "replay"),
-    *("envs.carracing", "envs.spaces", "envs.workers", "envs", "collect", "checkpoint"),
-    *("progress", "cli", "evaluate", "train", "convert"),
+    *("envs.carracing", "envs.spaces", "envs.workers", "envs", "collect", "cli"),
+    *("integrity", "checkpoint", "progress", "evaluate", "train", "convert"),
 ]
 
 

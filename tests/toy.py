@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -27,11 +28,9 @@ class Counting(gym.Env):
     observation_space = gym.spaces.Dict(vector=gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
-    def __init__(
-        self, length: int = 1000, max_steps: int = 30, fail_at: int | None = None, reward=1
-    ):
-        self.length, self.max_steps, self.fail_at = length, max_steps, fail_at
-        self.reward = reward
+    def __init__(self, length=1000, max_steps=30, fail_at=None, hang_at=None, reward=1):
+        self.length, self.max_steps, self.reward = length, max_steps, reward
+        self.fail_at, self.hang_at = fail_at, hang_at
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -43,6 +42,8 @@ class Counting(gym.Env):
         self.steps += 1
         if self.steps == self.fail_at:
             raise OSError("the road is closed")
+        if self.steps == self.hang_at:
+            time.sleep(600)
         terminated = self.steps >= self.length
         truncated = not terminated and self.steps >= self.max_steps
         return self._observation(), float(self.reward * self.steps), terminated, truncated, {}

@@ -5,32 +5,52 @@
         params/                     the online networks, all that driving needs (Orbax)
         training/                   EMA, optimizer, step and key (Orbax)
         progress.json               counters
+        manifest.json               checksums of these files and of the replay's
     RUN/replay/00000024.npz       one episode, written once
     RUN/nonfinite/00000731.npz    the batch of an update whose loss was not finite
     RUN/metrics.jsonl             one line an episode
     RUN/evaluations.jsonl         one line an evaluation
     RUN/events.out.tfevents.*     TensorBoard
+    RUN/lock                      held by the process that trains
 
-Everything random follows from the seed and the counters, so there is no other state to keep.
+Everything random follows from the seed and the counters, so there is no other state to keep. What
+is found damaged is set aside: its name then begins with ``damaged-``.
+
+``python -m valdi_jax.checkpoint RUN`` lists the checkpoints of a run and verifies them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import io
 import json
+import math
 import os
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tyro
 
+from valdi_jax import cli
 from valdi_jax.config import Config, from_dict, to_dict
 from valdi_jax.errors import UsageError
+from valdi_jax.integrity import (
+    content_digest,
+    describe_files,
+    file_digest,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
 from valdi_jax.model import init_params
 from valdi_jax.replay import Episode
 from valdi_jax.types import AgentState, Batch, Observation, Params
@@ -39,7 +59,11 @@ from valdi_jax.update import init_state
 _UNFINISHED = ("partial", "replaced")  # prefixes of checkpoints that do not count
 
 # What reading a damaged .npz file raises, depending on where the damage is.
-_DAMAGED = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, SyntaxError),
+    *(NotImplementedError, RuntimeError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +115,17 @@ def load_config(run_dir: Path) -> Config:
         raise UsageError(f"{path} is not a valid configuration: {error}") from error
 
 
-def save(run_dir: Path, state: AgentState, progress: Progress, *, keep: int) -> Path:
+def save(
+    run_dir: Path, state: AgentState, progress: Progress, *, keep: int, replay: dict[int, str]
+) -> Path:
     """Write a checkpoint, complete or not at all, and delete the oldest beyond ``keep``.
+
+    Args:
+        run_dir: directory of the run.
+        state: the agent.
+        progress: the run's counters.
+        keep: checkpoints that stay, this one included.
+        replay: checksums of the episodes in the replay, as `save_episode` gives them.
 
     Returns: the checkpoint's directory.
     """
@@ -102,9 +135,13 @@ def save(run_dir: Path, state: AgentState, progress: Progress, *, keep: int) -> 
         for leftover in final.parent.glob(f"{kind}-*"):
             shutil.rmtree(leftover)
     partial.mkdir(parents=True)
+    training = _training_tree(state)
     _save_tree(partial / "params", state.params)
-    _save_tree(partial / "training", _training_tree(state))
+    _save_tree(partial / "training", training)
     write_json(partial / "progress.json", dataclasses.asdict(progress))
+    counters = dataclasses.replace(progress, seconds=0.0)  # the same whatever it took
+    content = (state.params, training, dataclasses.asdict(counters), sorted(replay.items()))
+    _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
@@ -118,7 +155,113 @@ def save_params(run_dir: Path, params: Params) -> Path:
     final = run_dir / "checkpoints" / "00000000"
     _save_tree(final / "params", params)
     write_json(final / "progress.json", dataclasses.asdict(Progress()))
+    _write_manifest(final, updates=0, replay={}, content=params)
     return final
+
+
+def _write_manifest(directory: Path, *, updates: int, replay: dict[int, str], content: Any) -> None:
+    body = {
+        "updates": updates,
+        "content": content_digest(jax.tree.map(_hashable, content)),
+        "files": describe_files(directory),
+        "replay": {str(number): digest for number, digest in sorted(replay.items())},
+    }
+    write_manifest(directory, body)
+
+
+def _hashable(leaf: Any) -> Any:
+    return np.frombuffer(leaf.encode(), np.uint8) if isinstance(leaf, str) else leaf
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint's own files, a sentence each; nothing if it is whole."""
+    try:
+        replay_digests(checkpoint)
+        return find_damage(checkpoint, read_manifest(checkpoint)["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [str(error)]
+
+
+def verify_replay(run_dir: Path, checkpoint: Path) -> dict[int, str]:
+    """What is wrong with the episodes that a checkpoint goes on with, by their numbers."""
+    problems = {}
+    for number, digest in replay_digests(checkpoint).items():
+        path = _episode_path(run_dir, number)
+        if not path.is_file():
+            problems[number] = f"{path} is missing"
+        elif file_digest(path) != digest:
+            problems[number] = f"{path} differs from its checksum"
+    return problems
+
+
+def replay_digests(checkpoint: Path) -> dict[int, str]:
+    """Checksums of the episodes in the replay of a checkpoint that is whole."""
+    return {int(number): digest for number, digest in read_manifest(checkpoint)["replay"].items()}
+
+
+def recover(run_dir: Path) -> tuple[Path | None, dict[int, str], list[str]]:
+    """The newest checkpoint that is whole, with its replay if any has a whole one.
+
+    What is damaged is set aside, and so are newer checkpoints than the one that is used.
+
+    Returns: the checkpoint, ``None`` if the run has not had one; the episodes to go on with and
+        their checksums; and what was found, a sentence each.
+
+    Raises:
+        UsageError: if there are checkpoints, but none that is whole.
+    """
+    found = checkpoints(run_dir)
+    damage = {path: verify(path) for path in found}
+    whole = [path for path in found if not damage[path]]
+    lost = {path: verify_replay(run_dir, path) for path in whole}
+    sentences = [sentence for path in found for sentence in damage[path]]
+    if not whole:
+        if found:
+            raise UsageError(f"no checkpoint of {run_dir} is whole: {sentences[-1]}")
+        return None, {}, []
+    used = next((path for path in reversed(whole) if not lost[path]), whole[-1])
+    missing = {number: text for path in whole for number, text in lost[path].items()}
+    sentences += missing.values()
+    for number in missing:
+        _set_aside(_episode_path(run_dir, number))
+    for path in found:
+        if damage[path] or path > used:
+            _set_aside(path)
+    if sentences:
+        sentences.append(f"going on from {used}")
+    if lost[used]:
+        sentences.append(f"going on without {len(lost[used])} damaged episodes")
+    replay = replay_digests(used)
+    return used, {n: digest for n, digest in replay.items() if n not in lost[used]}, sentences
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    if path.exists():
+        path.replace(aside)
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this process; the system lets go of it however the process ends.
+
+    Raises:
+        UsageError: if another process holds it.
+    """
+    with open(run_dir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"{run_dir} is in use by the process {file.read().strip() or 'that locked it'}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -193,8 +336,11 @@ def _load_progress(path: Path) -> Progress:
         raise UsageError(f"cannot read {path}: {error!r}") from error
 
 
-def save_episode(run_dir: Path, number: int, episode: Episode) -> None:
-    """Write one episode of the replay, complete or not at all."""
+def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
+    """Write one episode of the replay, complete or not at all.
+
+    Returns: the file's checksum.
+    """
     path = _episode_path(run_dir, number)
     path.parent.mkdir(exist_ok=True)
     arrays = {
@@ -205,7 +351,7 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> None:
         "image": episode.observations.image,
         "vector": episode.observations.vector,
     }
-    _write_arrays(path, arrays)
+    return _write_arrays(path, arrays)
 
 
 def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
@@ -223,28 +369,75 @@ def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
     return path
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> None:
-    """Write an .npz file without the arrays that are None, complete or not at all."""
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
+    """Write an .npz file without the arrays that are None, complete or not at all.
+
+    Equal arrays give equal bytes: no date is written.
+    """
     partial = path.with_suffix(".partial")
     # Level 1: rendered frames shrink twelvefold at it, in 50 ms an episode.
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for name, array in arrays.items():
             if array is not None:
-                with file.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                buffer = io.BytesIO()
+                np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
+                member = zipfile.ZipInfo(f"{name}.npy")
+                file.writestr(member, buffer.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
+    digest = file_digest(partial)
     partial.replace(path)
+    return digest
 
 
-def load_episode(run_dir: Path, number: int) -> Episode:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz file, its headers checked against the sizes before anything is allocated."""
+    arrays = {}
+    with zipfile.ZipFile(path) as file:
+        for info in file.infolist():
+            with file.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, _, dtype = read_header(member)
+                size = math.prod(shape) * dtype.itemsize
+                if dtype.hasobject or member.tell() + size != info.file_size:
+                    raise ValueError(f"{info.filename} is not the array that it says it is")
+            with file.open(info) as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+            arrays[info.filename.removesuffix(".npy")] = array
+    return arrays
+
+
+def load_episode(run_dir: Path, number: int, example: Observation, config: Config) -> Episode:
     """Read one episode of the replay.
 
+    Args:
+        run_dir: directory of the run.
+        number: of the episode.
+        example: observation that the agent is built for.
+        config: the run's configuration.
+
     Raises:
-        UsageError: if it is missing or cannot be read.
+        UsageError: if it is missing, cannot be read, or is of another environment.
     """
     path = _episode_path(run_dir, number)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = _read_arrays(path)
+        length = len(arrays["rewards"])
+        expected = {
+            "actions": ((length, config.model.action_dim), np.float32),
+            "rewards": ((length,), np.float32),
+            "flags": ((2,), np.bool_),
+            "seed": ((), np.int64),
+        }
+        for name in ("image", "vector"):
+            part = getattr(example, name)
+            if part is not None:
+                expected[name] = ((length + 1, *part.shape), part.dtype)
+        given = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        if not length or given != expected:
+            raise ValueError(f"it holds {given}, not {expected}")
         terminated, truncated = (bool(flag) for flag in arrays["flags"])
         return Episode(
             observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
@@ -321,3 +514,45 @@ def write_json(path: Path, data: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of the command that lists checkpoints."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """List the checkpoints of a run and verify them; status 1 if any is damaged."""
+    run_dir = cli.parse(
+        Arguments,
+        argv,
+        prog="python -m valdi_jax.checkpoint",
+        description="List the checkpoints of a run and verify them.",
+    ).run
+    load_config(run_dir)
+    latest(run_dir)
+    print(f"{'episodes':>8} {'updates':>8} {'MB':>7}  content SHA-256")
+    problems = []
+    for path in checkpoints(run_dir):
+        damage = verify(path)
+        if not damage:
+            damage = list(verify_replay(run_dir, path).values())
+        try:
+            manifest = read_manifest(path)
+            updates, content = manifest["updates"], manifest["content"]
+        except (ValueError, KeyError):
+            updates, content = "?", "?"
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+        state = "  damaged" if damage else ""
+        print(f"{int(path.name):>8} {updates:>8} {size:>7.1f}  {content}{state}")
+        problems += damage
+    for sentence in dict.fromkeys(problems):
+        print(sentence)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

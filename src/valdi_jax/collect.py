@@ -91,7 +91,8 @@ def drive(
     """Drive an episode for every job, the planner batched over the environments of the pool.
 
     An environment that is done takes the next job. With none left it idles while the others
-    finish; its place in the planner's batch is computed in vain, so that nothing compiles twice.
+    finish; its place in the planner's batch is computed in vain, so that nothing compiles twice. An
+    episode whose environment is lost on the way is driven again from its start.
 
     Args:
         params: parameters to plan with.
@@ -112,9 +113,14 @@ def drive(
         starting = {index: waiting.pop() for index in free if waiting}
         firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
         for index, (number, job) in starting.items():
-            slots[index] = _Slot(number, job, [firsts[index]])
-        if not slots:
+            if index in firsts:
+                slots[index] = _Slot(number, job, [firsts[index]])
+            else:
+                waiting.append((number, job))
+        if not slots and not waiting:
             return [finished[number] for number in range(len(jobs))]
+        if not slots:
+            continue
 
         on_decision()
         idle = next(iter(slots))
@@ -133,6 +139,9 @@ def drive(
         answers = pool.step({index: actions[index] for index in slots})
         stepped = time.perf_counter()
 
+        for index in slots.keys() - answers.keys():  # lost with its environment: driven again
+            slot = slots.pop(index)
+            waiting.append((slot.number, slot.job))
         for index, steps in answers.items():
             slot = slots[index]
             slot.observations += steps.observations

@@ -150,6 +150,8 @@ class CollectConfig:
     """Episodes driven by the untrained planner before the first update."""
     num_envs: int = 1
     """Environments stepped in parallel, each in a worker process when there are several."""
+    worker_timeout: float = 60.0
+    """Seconds after which a worker process that does not answer is replaced by a new one."""
     noise_start: float = 0.25
     """Standard deviation of the exploration noise at first, added before tanh."""
     noise_end: float = 0.05
@@ -397,11 +399,14 @@ def validate(config: Config) -> None:
             raise UsageError(f"{option} is {value}; it must be at most {most[name]}")
         if name.removeprefix("learn.") in shares and not 0 < value <= 1:
             raise UsageError(f"{option} is {value}; it must be above 0 and at most 1")
-    for name in ("max_grad_norm", "reward_scale"):
-        value = getattr(config.learn, name)
+    positive = {
+        "learn.max-grad-norm": config.learn.max_grad_norm,
+        "learn.reward-scale": config.learn.reward_scale,
+        "collect.worker-timeout": config.collect.worker_timeout,
+    }
+    for name, value in positive.items():
         if not value > 0:
-            option = name.replace("_", "-")
-            raise UsageError(f"--learn.{option} is {value}; it must be above 0")
+            raise UsageError(f"--{name} is {value}; it must be above 0")
     if len(model.cnn_channels) != 5 or min(model.cnn_channels) < 1:
         raise UsageError(
             f"--model.cnn-channels is {model.cnn_channels}; it must be five numbers above 0"

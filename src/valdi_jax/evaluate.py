@@ -73,7 +73,7 @@ def evaluate(
     """
     factory = functools.partial(make, config.env, training=False)
     config = config.replace(model={"action_dim": interface_of(factory).action_dim})
-    pool = make_pool(factory, num_envs)
+    pool = make_pool(factory, num_envs, timeout=config.collect.worker_timeout)
     try:
         return drive(params, pool, _jobs(episodes), config=config, on_decision=on_decision)
     finally:
@@ -192,6 +192,8 @@ def main(argv: Sequence[str]) -> int:
             f"those of {config.env.name} have size {interface.action_dim}"
         )
     found = checkpoint.latest(arguments.run)
+    for sentence in checkpoint.verify(found):
+        raise UsageError(f"{sentence}: see python -m valdi_jax.checkpoint {arguments.run}")
     params = checkpoint.load_params(found, interface.example, config)
 
     if arguments.video:

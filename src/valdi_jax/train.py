@@ -31,7 +31,7 @@ from valdi_jax.types import AgentState, Array, Batch, Observation
 from valdi_jax.update import init_state, observe, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
-_CHANGEABLE = ("collect.episodes", "eval.", "checkpoint.")
+_CHANGEABLE = ("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,26 +83,29 @@ def train(
     config = config.replace(model={"action_dim": interface.action_dim})
     validate(config)
     init_key, drive_key = jax.random.split(jax.random.key(config.seed))
-    found = checkpoint.checkpoints(run_dir) if resume else []
-    if found:
-        state, progress = checkpoint.load(found[-1], example, config)
-    else:  # also where a run ended before its first checkpoint
-        state, progress = init_state(init_key, example, config=config), Progress()
-    if resume:
-        checkpoint.save_config(run_dir, config)
-    else:
+    if not resume:
         checkpoint.create_run(run_dir, config)
 
-    replay = Replay(config)
-    for number in range(max(0, progress.episodes - config.replay.capacity), progress.episodes):
-        replay.add(checkpoint.load_episode(run_dir, number))
     with cli.interruptible() as check, contextlib.ExitStack() as stack:
+        stack.enter_context(checkpoint.lock(run_dir))
+        found, digests, sentences = checkpoint.recover(run_dir) if resume else (None, {}, [])
+        for sentence in sentences:
+            console.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        if found:
+            state, progress = checkpoint.load(found, example, config)
+        else:  # also where a run ended before its first checkpoint
+            state, progress = init_state(init_key, example, config=config), Progress()
+        if resume:
+            checkpoint.save_config(run_dir, config)
+        replay = Replay(config)
+        for number in digests:
+            replay.add(checkpoint.load_episode(run_dir, number, example, config))
         log = RunLog(run_dir, episodes=progress.episodes)
         stack.callback(log.close)
         returns = [r["episode/return"] for r in read_jsonl(run_dir / "metrics.jsonl")[-20:]]
         display = Display(console, config.collect.episodes, progress.episodes, returns)
         display.say(f"run directory: {run_dir}")
-        pool = make_pool(factory, config.collect.num_envs)
+        pool = make_pool(factory, config.collect.num_envs, timeout=config.collect.worker_timeout)
         stack.callback(pool.close)
         evaluations = read_jsonl(run_dir / "evaluations.jsonl")
         run = _Run(
@@ -111,6 +114,7 @@ def train(
             state=state,
             progress=progress,
             replay=replay,
+            digests=digests,
             pool=pool,
             log=log,
             display=display,
@@ -138,6 +142,7 @@ class _Run:
     state: AgentState
     progress: Progress
     replay: Replay
+    digests: dict[int, str]  # checksums of the replay's episodes on disk
     pool: Pool
     log: RunLog
     display: Display
@@ -186,6 +191,7 @@ class _Run:
         numbers = range(before, before + count)
         noise_std = exploration_noise(before - config.collect.seed_episodes, config.collect)
         self.display.phase("driving")
+        restarts = self.pool.restarts
         driven = drive(
             self.state.params,
             self.pool,
@@ -194,9 +200,14 @@ class _Run:
             noise_std=noise_std,
             on_decision=self.check,
         )
+        if self.pool.restarts > restarts:
+            self.display.say(
+                f"warning: {self.pool.restarts - restarts} environment workers died or did not "
+                "answer; new ones drove their episodes again"
+            )
         for number, result in zip(numbers, driven, strict=True):
             self.replay.add(result.episode)
-            checkpoint.save_episode(self.run_dir, number, result.episode)
+            self.digests[number] = checkpoint.save_episode(self.run_dir, number, result.episode)
             self.state = observe(self.state, result.episode.observations.vector)
         steps = [len(result.episode) for result in driven]
         seeding = max(0, config.collect.seed_episodes - before)
@@ -331,7 +342,15 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint and drop the episodes that left the replay."""
         self.display.phase("saving")
-        checkpoint.save(self.run_dir, self.state, self.progress, keep=self.config.checkpoint.keep)
+        first = self.progress.episodes - self.config.replay.capacity
+        self.digests = {n: digest for n, digest in self.digests.items() if n >= first}
+        checkpoint.save(
+            self.run_dir,
+            self.state,
+            self.progress,
+            keep=self.config.checkpoint.keep,
+            replay=self.digests,
+        )
         self.saved = self.progress
         oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self.config.replay.capacity
         checkpoint.prune_episodes(self.run_dir, before=oldest)

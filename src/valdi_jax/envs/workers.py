@@ -7,9 +7,11 @@ import dataclasses
 import multiprocessing
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import gymnasium as gym
@@ -17,6 +19,8 @@ import numpy as np
 
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.types import Observation
+
+_LOSSES = 3  # of one worker in a row, without an answer in between, are given up on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,17 @@ def _check_finite(observation: Observation, reward: float) -> None:
 
 
 class Pool(Protocol):
-    """N environments; requests are made for several at once and answered in order."""
+    """N environments; requests are made for several at once."""
 
     size: int
+    restarts: int  # workers that were lost and started anew
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
-        """Start an episode in each environment named, with the seed given."""
+        """Start an episode in each environment named, with the seed given.
+
+        An environment that was lost on the way is missing from the answer. It can be used again,
+        beginning with a reset. The same holds for `step`.
+        """
 
     def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
         """Take a chunk of actions [C, A] in each environment named."""
@@ -87,6 +96,7 @@ class LocalPool:
     """A pool of one environment, in this process."""
 
     size = 1
+    restarts = 0
 
     def __init__(self, factory: Callable[[], gym.Env]):
         self._stepper = Stepper(factory)
@@ -107,27 +117,25 @@ class LocalPool:
 class WorkerPool:
     """A pool of worker processes, one environment each, stepped in parallel.
 
+    A worker that dies, or does not answer in time, is replaced by a new one.
+
+    Args:
+        factory: makes an environment; it must pickle.
+        size: how many.
+        timeout: seconds that a worker may take to answer.
+
     Raises:
         RuntimeError: from ``reset`` and ``step``, with the traceback, if a worker's environment
-            raised; or if a worker died.
+            raised; or if a worker was lost several times without an answer in between.
     """
 
-    def __init__(self, factory: Callable[[], gym.Env], size: int):
+    def __init__(self, factory: Callable[[], gym.Env], size: int, *, timeout: float = 60.0):
         self.size = size
-        # Spawned, not forked: a fork of a process with JAX's threads can deadlock.
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for index in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, factory), name=f"env-{index}", daemon=True
-            )
-            with _signals_ignored():
-                process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self.restarts = 0
+        self._factory = factory
+        self._timeout = timeout
+        self._losses = [0] * size  # of each environment, in a row
+        self._workers = [self._start(index) for index in range(size)]
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """See `Pool`."""
@@ -137,33 +145,67 @@ class WorkerPool:
         """See `Pool`."""
         return self._ask("step", actions)
 
+    def _start(self, index: int) -> tuple[BaseProcess, Connection]:
+        # Spawned, not forked: a fork of a process with JAX's threads can deadlock.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(theirs, self._factory), name=f"env-{index}", daemon=True
+        )
+        with _signals_ignored():
+            process.start()
+        theirs.close()
+        return process, ours
+
     def _ask(self, method: str, arguments: dict) -> dict:
-        try:
-            for index, argument in arguments.items():
-                self._pipes[index].send((method, argument))
-            answers = {index: self._pipes[index].recv() for index in arguments}
-        except (EOFError, OSError) as error:
-            codes = {p.name: p.exitcode for p in self._processes if p.exitcode is not None}
-            raise RuntimeError(f"an environment worker died (exit codes {codes})") from error
+        deadline = time.monotonic() + self._timeout
+        for index, argument in arguments.items():
+            with contextlib.suppress(OSError):  # a dead one: there will be no answer either
+                self._workers[index][1].send((method, argument))
+        answers = {}
+        for index in arguments:
+            _, pipe = self._workers[index]
+            try:
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"no answer in {self._timeout:g} s")
+                answers[index] = pipe.recv()
+            except (EOFError, OSError) as error:
+                self._replace(index, error)
+            else:
+                self._losses[index] = 0
         for answer in answers.values():
             if isinstance(answer, str):
                 raise RuntimeError(f"an environment worker failed:\n{answer}")
         return answers
 
+    def _replace(self, index: int, error: OSError | EOFError) -> None:
+        process, pipe = self._workers[index]
+        pipe.close()
+        process.kill()
+        process.join()
+        self._losses[index] += 1
+        if self._losses[index] >= _LOSSES:
+            raise RuntimeError(
+                f"the environment worker {process.name} was lost {_LOSSES} times in a row (exit "
+                f"code {process.exitcode}, {error!r})"
+            ) from error
+        self._workers[index] = self._start(index)
+        self.restarts += 1
+
     def close(self) -> None:
         """See `Pool`."""
-        for pipe in self._pipes:
+        for _, pipe in self._workers:
             pipe.close()
-        for process in self._processes:
+        for process, _ in self._workers:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
                 process.join()
 
 
-def make_pool(factory: Callable[[], gym.Env], size: int) -> Pool:
+def make_pool(factory: Callable[[], gym.Env], size: int, *, timeout: float = 60.0) -> Pool:
     """A pool of ``size`` environments; a single one needs no process of its own."""
-    return LocalPool(factory) if size == 1 else WorkerPool(factory, size)
+    return LocalPool(factory) if size == 1 else WorkerPool(factory, size, timeout=timeout)
 
 
 @contextlib.contextmanager

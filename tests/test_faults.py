@@ -1,0 +1,77 @@
+"""A run is killed without warning, and goes on as if it had not been."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from valdi_jax import checkpoint
+from valdi_jax.progress import read_jsonl
+
+HERE = Path(__file__).parent
+EPISODES = 24
+
+
+def start(directory, episodes=EPISODES):
+    command = [sys.executable, HERE / "train_toy.py", directory, str(episodes)]
+    with open(directory.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def finish(directory):
+    process = start(directory)
+    assert process.wait(timeout=600) == 0, directory.with_suffix(".log").read_text()
+
+
+def content(directory):
+    """What the last checkpoint holds, all of it, as one checksum."""
+    newest = checkpoint.latest(directory)
+    assert checkpoint.verify(newest) == []
+    return json.loads((newest / "manifest.json").read_text())["content"]
+
+
+def metrics(directory):
+    """Everything that was logged but times."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_jsonl(directory / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    finish(directory)
+    return directory
+
+
+def kill_at_random_moments(directory, rng, kills):
+    """Start the run over and over, each time killing it at some moment of its work."""
+    for _ in range(kills):
+        before = checkpoint.checkpoints(directory)
+        process = start(directory)
+        while process.poll() is None and checkpoint.checkpoints(directory) == before:
+            time.sleep(0.01)  # it compiles first, and little is to be seen in that
+        time.sleep(rng.uniform(0, 0.5))  # some ten episodes, each with a checkpoint
+        process.kill()
+        process.wait()
+        newest = checkpoint.latest(directory)
+        assert checkpoint.verify(newest) == []
+        assert checkpoint.verify_replay(directory, newest) == {}
+        logged = len(read_jsonl(directory / "metrics.jsonl"))
+        assert int(newest.name) >= logged - 1, "more than one checkpoint interval was lost"
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_path, kills):
+    rng = np.random.default_rng(kills)
+    for part in range(-(-kills // 5)):  # each time some of the run's episodes are driven
+        directory = tmp_path / f"run-{part}"
+        kill_at_random_moments(directory, rng, min(kills - 5 * part, 5))
+        finish(directory)
+        assert content(directory) == content(straight)
+        assert metrics(directory) == metrics(straight)
