@@ -104,6 +104,20 @@ def test_gymnasiums_continuous_tasks_have_names(name, vector, actions):
     stepper.close()
 
 
+def test_mujocos_tasks_are_served_where_it_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("mujoco")
+    monkeypatch.chdir(tmp_path)  # it writes a log where it runs
+    stepper = Stepper(
+        functools.partial(
+            make_env, EnvConfig(name="gym:HalfCheetah-v5", max_steps=0), training=True
+        )
+    )
+    assert stepper.reset(0).vector.shape == (17,)
+    steps = stepper.step(np.ones((4, 6), np.float32))
+    assert len(steps.rewards) == 4
+    assert not steps.terminated
+
+
 def test_an_episode_ends_at_the_limit_given_or_else_at_the_environments_own():
     for limit, steps in ((7, 7), (0, 200)):
         stepper = Stepper(
