@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -8,6 +9,7 @@ import signal
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 from toy import CONFIG, make_counting
@@ -322,3 +324,68 @@ def test_training_stops_where_the_planner_has_no_finite_score(tmp_path, monkeypa
     with pytest.raises(StoppedError, match="2 episodes in a row, the last of them episode 2"):
         run(tmp_path / "run", 5, config=config)
     assert checkpoint.latest(tmp_path / "run").name == "00000002"
+
+
+class FullDisk:
+    """A disk that is full for a while: what writes to it fails in the way that was seen there."""
+
+    def __init__(self, monkeypatch):
+        self.full = False
+        self.refused = []
+        for module, name, error in (
+            (checkpoint, "_write_arrays", OSError(errno.ENOSPC, "No space left on device")),
+            (ocp.StandardCheckpointer, "save", ValueError("RESOURCE_EXHAUSTED: Error writing")),
+            (os, "fsync", OSError(errno.ENOSPC, "No space left on device")),
+        ):
+            monkeypatch.setattr(module, name, self.failing(getattr(module, name), name, error))
+
+    def failing(self, write, name, error):
+        def attempt(*args, **kwargs):
+            if self.full:
+                self.refused.append(name)
+                raise error
+            return write(*args, **kwargs)
+
+        return attempt
+
+
+@pytest.mark.parametrize("full", [{2}, {2, 3}, {0, 1, 2, 3}])
+def test_a_run_outlasts_a_full_disk(straight, tmp_path, monkeypatch, full):
+    _, state, _ = straight
+    disk, drive, episodes = FullDisk(monkeypatch), train_module.drive, itertools.count()
+
+    def driving(*args, **kwargs):
+        driven = drive(*args, **kwargs)
+        disk.full = next(episodes) in full
+        return driven
+
+    monkeypatch.setattr(train_module, "drive", driving)
+    config = CONFIG.replace(checkpoint={"every": 1})
+    after, output = run(tmp_path / "run", 5, config=config)
+    assert {"_write_arrays", "fsync"} <= set(disk.refused)
+    assert "warning: cannot save an episode, will try again: No space left on device" in output
+    assert "warning: cannot write metrics.jsonl, will try again" in output
+    assert "warning: cannot save a checkpoint" in output
+    chex.assert_trees_all_equal(after.params, state.params)
+    newest = checkpoint.latest(tmp_path / "run")
+    assert newest.name == "00000005"
+    assert checkpoint.verify(newest) == []
+    assert list(checkpoint.verify_replay(tmp_path / "run", newest)) == []
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_last_one(tmp_path, monkeypatch):
+    save, calls = ocp.StandardCheckpointer.save, itertools.count()
+
+    def failing(*args, **kwargs):
+        if next(calls) >= 3:  # within the second checkpoint
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", failing)
+    with pytest.raises(StoppedError, match="the end of the run could not be saved"):
+        run(tmp_path / "run", 5, config=CONFIG.replace(checkpoint={"every": 2}))
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert kept.name == "00000002"
+    assert checkpoint.verify(kept) == []

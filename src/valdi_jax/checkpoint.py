@@ -128,6 +128,9 @@ def save(
         replay: checksums of the episodes in the replay, as `save_episode` gives them.
 
     Returns: the checkpoint's directory.
+
+    Raises:
+        OSError: if it cannot be written; those before it stay.
     """
     final = run_dir / "checkpoints" / f"{progress.episodes:08d}"
     partial, replaced = (final.with_name(f"{kind}-{final.name}") for kind in _UNFINISHED)
@@ -136,12 +139,16 @@ def save(
             shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     training = _training_tree(state)
-    _save_tree(partial / "params", state.params)
-    _save_tree(partial / "training", training)
-    write_json(partial / "progress.json", dataclasses.asdict(progress))
     counters = dataclasses.replace(progress, seconds=0.0)  # the same whatever it took
     content = (state.params, training, dataclasses.asdict(counters), sorted(replay.items()))
-    _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
+    try:
+        _save_tree(partial / "params", state.params)
+        _save_tree(partial / "training", training)
+        write_json(partial / "progress.json", dataclasses.asdict(progress))
+        _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # what a full disk is least in need of
+        raise
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
@@ -472,8 +479,12 @@ def _training_tree(state: AgentState) -> dict[str, Any]:
 
 
 def _save_tree(path: Path, tree: Any) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree)
+    except ValueError as error:  # which is what a full disk becomes on its way through Orbax
+        reason = "No space left on device" if "RESOURCE_EXHAUSTED" in str(error) else str(error)
+        raise OSError(f"{reason}: {path}") from error
 
 
 def _load_tree(path: Path, template: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,26 @@ from valdi_jax.errors import UsageError
 class RunLog:
     """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``, and to TensorBoard.
 
-    Each line is on disk before the call returns. Lines beyond ``episodes`` are dropped at the
-    start: a run that resumes from an older checkpoint drives those episodes again.
+    Each line is on disk before the call returns; where it cannot be written, it is kept and written
+    with the next. Lines beyond ``episodes`` are dropped at the start: a run that resumes from an
+    older checkpoint drives those episodes again.
+
+    Args:
+        run_dir: directory of the run.
+        episodes: driven so far.
+        say: called with a sentence where a line cannot be written.
     """
 
-    def __init__(self, run_dir: Path, *, episodes: int):
+    def __init__(self, run_dir: Path, *, episodes: int, say: Callable[[str], None] = print):
+        self._say = say
         self._files = {}
         for name in ("metrics", "evaluations"):
             path = run_dir / f"{name}.jsonl"
             _truncate(path, episodes)
-            self._files[name] = open(path, "a")
-        # purge_step makes TensorBoard itself drop what a resumed run writes again.
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=episodes or None)
+            self._files[name] = _Lines(path)
+        # purge_step makes TensorBoard itself drop what a resumed run writes again. Its queue has no
+        # limit: should its thread die of a full disk, a full queue would block the training.
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=episodes or None, max_queue=0)
 
     def episode(self, record: dict[str, Any]) -> None:
         """One finished training episode."""
@@ -42,10 +52,10 @@ class RunLog:
         self._write("evaluations", record)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        file = self._files[name]
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            self._files[name].append(json.dumps(record) + "\n")
+        except OSError as error:
+            self._say(f"warning: cannot write {name}.jsonl, will try again: {error.strerror}")
         for key, value in record.items():
             if "/" in key and isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(key, value, record["episode"])
@@ -54,7 +64,35 @@ class RunLog:
         """Flush everything."""
         for file in self._files.values():
             file.close()
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):  # of a disk that is still full
+            self._tensorboard.close()
+
+
+class _Lines:
+    """A file of lines, each of them whole."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+        self._size = self._file.tell()
+        self._pending = b""
+
+    def append(self, line: str) -> None:
+        """Write a line, and those that could not be written before.
+
+        Raises:
+            OSError: if that fails; the lines are kept.
+        """
+        self._pending += line.encode()
+        self._file.truncate(self._size)  # what a full disk took of them the last time
+        written = 0
+        while written < len(self._pending):
+            written += self._file.write(self._pending[written:])
+        os.fsync(self._file.fileno())
+        self._size += len(self._pending)
+        self._pending = b""
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

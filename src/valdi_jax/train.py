@@ -26,7 +26,7 @@ from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
-from valdi_jax.replay import Replay
+from valdi_jax.replay import Episode, Replay
 from valdi_jax.types import AgentState, Array, Batch, Observation
 from valdi_jax.update import init_state, observe, update
 
@@ -100,10 +100,11 @@ def train(
         replay = Replay(config)
         for number in digests:
             replay.add(checkpoint.load_episode(run_dir, number, example, config))
-        log = RunLog(run_dir, episodes=progress.episodes)
-        stack.callback(log.close)
-        returns = [r["episode/return"] for r in read_jsonl(run_dir / "metrics.jsonl")[-20:]]
+        records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
+        returns = [record["episode/return"] for record in records[-20:]]
         display = Display(console, config.collect.episodes, progress.episodes, returns)
+        log = RunLog(run_dir, episodes=progress.episodes, say=display.say)
+        stack.callback(log.close)
         display.say(f"run directory: {run_dir}")
         pool = make_pool(factory, config.collect.num_envs, timeout=config.collect.worker_timeout)
         stack.callback(pool.close)
@@ -124,6 +125,7 @@ def train(
             updates=int(state.step),
             evaluated=evaluations[-1]["episode"] + 1 if evaluations else 0,
             saved=progress if found else None,
+            attempted=progress.episodes if found else 0,
             clock=time.monotonic() - progress.seconds,
         )
         if config.planner.candidates * config.planner.iterations >= 2000:
@@ -152,8 +154,10 @@ class _Run:
     updates: int  # made, as a Python number
     evaluated: int  # episodes at the last evaluation
     saved: Progress | None  # at the last checkpoint
+    attempted: int  # episodes when a checkpoint was last written, or could not be
     clock: float  # when the run would have begun, had it never stopped
     unjudged: tuple[Batch, dict[str, Array]] | None = None  # the last update, until it is judged
+    unsaved: dict[int, Episode] = dataclasses.field(default_factory=dict)  # not yet on disk
     refused: int = 0  # updates in a row that were not finite
     unscored: int = 0  # episodes in a row that the planner had no finite score for
 
@@ -168,17 +172,20 @@ class _Run:
             while True:
                 if self.due(self.config.eval.every, self.evaluated):
                     self.evaluate()
-                if self.due(self.config.checkpoint.every, self.saved.episodes if self.saved else 0):
+                if self.due(self.config.checkpoint.every, self.attempted):
                     self.save()
                 if self.progress.episodes >= total:
                     break
                 self.round()
         except (cli.Interrupted, StoppedError) as interrupt:
             self.save()
-            self.display.say(f"{interrupt}: saved; continue with --resume {self.run_dir}")
+            saved = "saved" if self.saved == self.progress else "NOT saved"
+            self.display.say(f"{interrupt}: {saved}; continue with --resume {self.run_dir}")
             raise
         if self.saved != self.progress:
             self.save()
+        if self.saved != self.progress:
+            raise StoppedError("the end of the run could not be saved")
 
     def due(self, every: int, last: int) -> bool:
         """Whether a multiple of ``every`` episodes has been passed since ``last``."""
@@ -207,8 +214,12 @@ class _Run:
             )
         for number, result in zip(numbers, driven, strict=True):
             self.replay.add(result.episode)
-            self.digests[number] = checkpoint.save_episode(self.run_dir, number, result.episode)
+            self.unsaved[number] = result.episode
             self.state = observe(self.state, result.episode.observations.vector)
+        try:
+            self.save_episodes()
+        except OSError as error:
+            self.display.say(f"warning: cannot save an episode, will try again: {error.strerror}")
         steps = [len(result.episode) for result in driven]
         seeding = max(0, config.collect.seed_episodes - before)
         self.progress = dataclasses.replace(
@@ -340,20 +351,41 @@ class _Run:
         )
 
     def save(self) -> None:
-        """Write a checkpoint and drop the episodes that left the replay."""
+        """Write a checkpoint and drop the episodes that left the replay.
+
+        Where that fails, as on a full disk, the run goes on and the last checkpoint stays.
+        """
         self.display.phase("saving")
         first = self.progress.episodes - self.config.replay.capacity
-        self.digests = {n: digest for n, digest in self.digests.items() if n >= first}
-        checkpoint.save(
-            self.run_dir,
-            self.state,
-            self.progress,
-            keep=self.config.checkpoint.keep,
-            replay=self.digests,
-        )
-        self.saved = self.progress
+        try:
+            self.save_episodes()
+            self.digests = {n: digest for n, digest in self.digests.items() if n >= first}
+            checkpoint.save(
+                self.run_dir,
+                self.state,
+                self.progress,
+                keep=self.config.checkpoint.keep,
+                replay=self.digests,
+            )
+        except OSError as error:
+            self.display.say(f"warning: cannot save a checkpoint: {error}; the last one stays")
+            self.attempted = self.progress.episodes
+            return
+        self.saved, self.attempted = self.progress, self.progress.episodes
         oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self.config.replay.capacity
         checkpoint.prune_episodes(self.run_dir, before=oldest)
+
+    def save_episodes(self) -> None:
+        """Write the episodes that are not yet on disk.
+
+        Raises:
+            OSError: if that fails; those that are not written stay to be written.
+        """
+        while self.unsaved:
+            number = min(self.unsaved)
+            episode = self.unsaved[number]
+            self.digests[number] = checkpoint.save_episode(self.run_dir, number, episode)
+            del self.unsaved[number]
 
     def say_cost(self, example: Observation) -> None:
         """Say what a decision costs, if it is a CPU that pays."""
