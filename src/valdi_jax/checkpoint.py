@@ -502,6 +502,11 @@ def _load_tree(path: Path, template: Any) -> Any:
                     f"{path} does not fit this configuration: {name} is "
                     f"{found.get(name, 'absent')} there, {expected.get(name, 'absent')} here"
                 )
+        # To one device, whatever devices it was written from.
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        template = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
+        )
         try:
             return checkpointer.restore(path.absolute(), template)
         except (OSError, ValueError, KeyError) as error:

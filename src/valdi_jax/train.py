@@ -15,6 +15,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding
 from rich.console import Console
 
 from valdi_jax import checkpoint, cli
@@ -28,7 +29,7 @@ from valdi_jax.evaluate import evaluate
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Episode, Replay
 from valdi_jax.types import AgentState, Array, Batch, Observation
-from valdi_jax.update import init_state, observe, update
+from valdi_jax.update import init_state, observe, shardings, update
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
 _CHANGEABLE = ("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint.")
@@ -97,6 +98,10 @@ def train(
             state, progress = init_state(init_key, example, config=config), Progress()
         if resume:
             checkpoint.save_config(run_dir, config)
+        whole, split = shardings(config.learn.batch_size) or (None, None)
+        if whole is not None:
+            state = jax.device_put(state, whole)
+            console.print(f"learning on {jax.device_count()} devices", highlight=False)
         replay = Replay(config)
         for number in digests:
             replay.add(checkpoint.load_episode(run_dir, number, example, config))
@@ -122,6 +127,7 @@ def train(
             make=make,
             check=check,
             drive_key=drive_key,
+            split=split,
             updates=int(state.step),
             evaluated=evaluations[-1]["episode"] + 1 if evaluations else 0,
             saved=progress if found else None,
@@ -151,6 +157,7 @@ class _Run:
     make: Callable[..., gym.Env]
     check: Callable[[], None]  # raises Interrupted once a signal has come
     drive_key: Array
+    split: NamedSharding | None  # of a batch, where there are several devices
     updates: int  # made, as a Python number
     evaluated: int  # episodes at the last evaluation
     saved: Progress | None  # at the last checkpoint
@@ -281,6 +288,8 @@ class _Run:
             batch = self.replay.sample(rng, config.learn.batch_size)
             # The next batch is drawn while the device works, but only one ahead.
             self.judge()
+            if self.split is not None:
+                batch = jax.device_put(batch, self.split)
             self.state, values = update(self.state, batch, config=config)
             self.updates += 1
             self.unjudged = batch, values

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from valdi_jax.config import Config
+from valdi_jax.errors import UsageError
 from valdi_jax.losses import objective
 from valdi_jax.model import init_params
 from valdi_jax.normalizer import merge
@@ -55,6 +57,26 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
         params={**state.params, "normalizer": statistics},
         ema_params={**state.ema_params, "normalizer": jax.tree.map(jnp.copy, statistics)},
     )
+
+
+def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding] | None:
+    """How to lay a state and a batch over all devices; ``None`` where there is but one.
+
+    The state is on every device, the batch is split. The update needs no other change: its means,
+    those of SIGReg among them, stay means over the whole batch.
+
+    Raises:
+        UsageError: if the devices cannot share the batch evenly.
+    """
+    count = jax.device_count()
+    if count == 1:
+        return None
+    if batch_size % count:
+        raise UsageError(
+            f"--learn.batch-size is {batch_size}; {count} devices cannot share it evenly"
+        )
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:

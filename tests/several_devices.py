@@ -1,0 +1,47 @@
+"""What must hold on several devices; run by test_devices.py in a process that has eight."""
+
+import io
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+from rich.console import Console
+from test_update import EXAMPLE, random_batch
+from toy import CONFIG, make_counting
+
+from valdi_jax import checkpoint
+from valdi_jax.train import train
+from valdi_jax.update import init_state, shardings, update
+
+
+def losses_agree_with_one_device():
+    whole, split = shardings(16)
+    one = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
+    eight = jax.device_put(init_state(jax.random.key(0), EXAMPLE, config=CONFIG), whole)
+    for number in range(3):
+        batch = random_batch(number, size=16)
+        shared = jax.device_put(batch, split)
+        assert len(shared.rewards.sharding.device_set) == 8
+        eight, theirs = update(eight, shared, config=CONFIG)
+        one, ours = update(one, batch, config=CONFIG)
+        for name, value in ours.items():
+            np.testing.assert_allclose(theirs[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    chex.assert_trees_all_close(one.params, eight.params, atol=1e-5)
+
+
+def a_checkpoint_of_one_device_goes_on(directory, episodes):
+    output = io.StringIO()
+    config = CONFIG.replace(collect={"episodes": episodes})
+    state = train(config, directory, resume=True, make=make_counting, console=Console(file=output))
+    assert "learning on 8 devices" in output.getvalue()
+    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
+    assert int(checkpoint.latest(directory).name) == episodes
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    losses_agree_with_one_device()
+    a_checkpoint_of_one_device_goes_on(Path(sys.argv[1]), int(sys.argv[2]))
+    print("all of it held")
