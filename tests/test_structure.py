@@ -9,7 +9,15 @@ FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
     *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer", "heads"),
     *("diffusion", "sigreg", "dynamics", "model", "losses", "update", "planner", "replay"),
-    *("envs.carracing", "envs.spaces", "envs.workers", "envs", "collect", "cli"),
+    *(
+        "envs.carracing_render",
+        "envs.carracing",
+        "envs.spaces",
+        "envs.workers",
+        "envs",
+        "collect",
+        "cli",
+    ),
     *("integrity", "checkpoint", "progress", "evaluate", "train", "convert"),
 ]
 
@@ -43,4 +51,12 @@ def test_modules_import_only_from_those_above_them():
 
 def test_gymnasium_appears_only_where_environments_do():
     users = {name for name, path in modules() if "gymnasium" in set(imports(path))}
-    assert users <= {"envs", "envs.carracing", "envs.spaces", "envs.workers", "evaluate", "train"}
+    assert users <= {
+        "envs",
+        "envs.carracing",
+        "envs.carracing_render",
+        "envs.spaces",
+        "envs.workers",
+        "evaluate",
+        "train",
+    }

@@ -76,10 +76,7 @@ def make_carracing(
     *, max_steps: int, through_terminals: bool = False, render_mode: str | None = None
 ) -> gym.Env:
     """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps."""
-    env = gym.make(
-        "CarRacing-v3",
-        render_mode=render_mode,
-        max_episode_steps=max_steps,
-        disable_env_checker=True,  # it insists on gas and brake in [0, 1]
-    )
+    from valdi_jax.envs.carracing_render import FastCarRacing  # only it needs pygame
+
+    env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), max_steps)
     return SplitBar(ThroughTerminals(env) if through_terminals else env)
