@@ -1,7 +1,7 @@
 # make train   train on CarRacing with the preset that suits this machine
 # make test    run the tests
 # make lint    check style
-# make bench   measure the planner and the update
+# make bench   measure the planner, the update and the environment
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -29,6 +29,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/planner_hz.py
 	$(BIN)/python benchmarks/update_hz.py
+	$(BIN)/python benchmarks/env_hz.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

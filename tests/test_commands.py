@@ -37,7 +37,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "convert"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "checkpoint", "convert"])
 def test_help_explains_the_options(command):
     done = start("-m", f"valdi_jax.{command}", "--help")
     assert done.returncode == 0
@@ -45,17 +45,22 @@ def test_help_explains_the_options(command):
 
 
 @pytest.mark.parametrize(
-    ("script", "names"),
+    ("script", "options", "names"),
     [
-        ("planner_hz", ["diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"]),
-        ("update_hz", ["diffusion", "diffusion/ema", "mlp", "mlp/ema"]),
+        (
+            "planner_hz",
+            ["--preset", "tiny"],
+            ["diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"],
+        ),
+        ("update_hz", ["--preset", "tiny"], ["diffusion", "diffusion/ema", "mlp", "mlp/ema"]),
+        ("env_hz", [], ["gymnasium", "valdi", "valdi/chunk"]),
     ],
 )
-def test_benchmarks_run_and_write_their_rows(tmp_path, script, names):
+def test_benchmarks_run_and_write_their_rows(tmp_path, script, options, names):
     path = tmp_path / "rows.json"
     done = start(
         ROOT / "benchmarks" / f"{script}.py",
-        "--preset", "tiny", "--seconds", "0.1", "--json", path,
+        *options, "--seconds", "0.1", "--json", path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     data = json.loads(path.read_text())
