@@ -1,20 +1,18 @@
-"""Does it learn? A task that only an agent whose every part works can solve, in a minute."""
+"""Does it learn? A task that an agent learns in about a minute."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from rich.console import Console
 
-from valdi_jax import losses, planner
+from valdi_jax import planner
 from valdi_jax.config import PRESETS
 from valdi_jax.evaluate import evaluate
 from valdi_jax.train import train
 
-# The pendulum takes several swings to stand up, and the planner looks half a second ahead: only a
-# value that was bootstrapped step by step tells it to swing. Standing up costs 100 to 250, hanging
-# 1,000 to 1,700.
+# Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks half a second ahead, which
+# turned out to be enough to swing up by: the test does not tell whether values are bootstrapped.
 CONFIG = PRESETS["pendulum"].replace(
     model={
         "latent_dim": 16,
@@ -55,17 +53,6 @@ def test_an_agent_learns_to_swing_a_pendulum_up(tmp_path, dynamics):
     assert score(tmp_path, model={"dynamics": dynamics}) > -400
 
 
-def without_bootstrap(monkeypatch):
-    def rewards_only(rewards, next_values, terminals, *, discount):
-        return losses.chunk_rewards(rewards, discount=discount)
-
-    monkeypatch.setattr(losses, "td_targets", rewards_only)
-
-
-def without_ema(monkeypatch):
-    monkeypatch.setattr(optax, "incremental_update", lambda new, old, rate: old)
-
-
 def with_a_blind_planner(monkeypatch):
     def scores(params, z, actions, noise, **settings):
         return jnp.zeros(actions.shape[:-2])
@@ -75,9 +62,8 @@ def with_a_blind_planner(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
-@pytest.mark.parametrize("broken", [without_bootstrap, without_ema, with_a_blind_planner])
-def test_what_is_broken_does_not_learn(tmp_path, monkeypatch, broken, dynamics):
-    broken(monkeypatch)
+def test_nothing_is_learnt_with_a_blind_planner(tmp_path, monkeypatch, dynamics):
+    with_a_blind_planner(monkeypatch)
     jax.clear_caches()  # of what was compiled whole
     try:
         assert score(tmp_path, model={"dynamics": dynamics}) < -500
