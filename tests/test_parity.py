@@ -85,6 +85,7 @@ def test_the_trajectory_that_the_heads_are_trained_on(parity):
         z,
         parity["actions"][:, :5],
         jnp.asarray(parity["target_latent"][:, 1:6]),
+        jnp.ones((4, 5)),
         parity.draws,
         config=parity.config.model,
     )
