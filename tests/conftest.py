@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,17 @@ from valdi_jax.convert import params_from_reference
 from valdi_jax.types import Batch, Draws, Observation
 
 PARITY = Path(__file__).parent / "parity"
+
+
+def pytest_configure(config):
+    """Keep what the tests compile for the next time, and for the processes that they start."""
+    folder = str(config.cache.mkdir("compilations"))
+    for name, value in (
+        ("jax_compilation_cache_dir", folder),
+        ("jax_persistent_cache_min_compile_time_secs", 0.3),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def reference_tensors(dynamics: str, prefix: str = "") -> dict[str, np.ndarray]:

@@ -8,16 +8,15 @@ from toy import CONFIG, Counting
 
 from valdi_jax.collect import Job, drive, exploration_noise
 from valdi_jax.config import CollectConfig
-from valdi_jax.envs.workers import LocalPool
+from valdi_jax.envs.workers import LocalPool, Pool
 from valdi_jax.model import init_params
 from valdi_jax.types import Observation
 
 
-class TwoLocal:
+class TwoLocal(Pool):
     """A pool of two environments in this process."""
 
     size = 2
-    restarts = 0
 
     def __init__(self, *factories):
         self.pools = [LocalPool(factory) for factory in factories]
@@ -25,8 +24,15 @@ class TwoLocal:
     def reset(self, seeds):
         return {i: self.pools[i].reset({0: seed})[0] for i, seed in seeds.items()}
 
-    def step(self, actions):
-        return {i: self.pools[i].step({0: chunk})[0] for i, chunk in actions.items()}
+    def send(self, actions):
+        for i, chunk in actions.items():
+            self.pools[i].send({0: chunk})
+
+    def receive(self, indices):
+        return {i: self.pools[i].receive([0])[0] for i in indices}
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,19 @@ def test_several_environments_drive_every_job_and_answer_in_order(params):
     for number, d in enumerate(driven, start=1):
         assert np.all(d.episode.observations.vector[:, 0] == number), "episodes were mixed up"
         np.testing.assert_array_equal(d.episode.rewards, np.arange(1, len(d.episode) + 1))
+
+
+def test_groups_planned_for_in_turn_drive_the_same_episodes(params):
+    factories = [functools.partial(Counting, length=n) for n in (4, 9)]
+    together = drive(params, TwoLocal(*factories), jobs(1, 2, 3), config=CONFIG)
+    in_turn = drive(params, TwoLocal(*factories), jobs(1, 2, 3), config=CONFIG, groups=2)
+    assert [d.episode.seed for d in in_turn] == [1, 2, 3]
+    for d in in_turn:
+        match = [t.episode for t in together if t.episode.seed == d.episode.seed]
+        shortest = min(len(d.episode), len(match[0]))  # either environment may have driven it
+        np.testing.assert_allclose(
+            d.episode.actions[:shortest], match[0].actions[:shortest], atol=1e-4
+        )
 
 
 def test_an_episode_does_not_depend_on_what_is_driven_beside_it(params):
@@ -121,8 +140,12 @@ class Losing(TwoLocal):
     def reset(self, seeds):
         return super().reset(self.lose("reset", seeds))
 
-    def step(self, actions):
-        return super().step(self.lose("step", actions))
+    def send(self, actions):
+        self.kept = self.lose("step", actions)
+        super().send(self.kept)
+
+    def receive(self, indices):
+        return super().receive(i for i in indices if i in self.kept)
 
 
 @pytest.mark.parametrize("losses", [{"resets": (1,)}, {"steps": (2,)}, {"steps": (1, 3, 9)}])

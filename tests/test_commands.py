@@ -1,11 +1,15 @@
 """The commands and benchmarks as a user starts them."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from valdi_jax.progress import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +74,25 @@ def test_benchmarks_run_and_write_their_rows(tmp_path, script, options, names):
         assert set(row) == {"name", "per_second", "median_ms", "p99_ms", "floor_ms"}
         assert 0 < row["median_ms"] <= row["p99_ms"]
         assert row["floor_ms"] > 0
+
+
+def test_the_second_start_of_a_command_takes_its_programs_from_the_cache(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+
+    def train(name):
+        done = start(
+            *["-m", "valdi_jax.train", "--preset", "pendulum", "--env.max-steps", "40"],
+            *["--collect.episodes", "6", "--eval.every", "0", "--run-dir", name],
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        records = read_jsonl(tmp_path / name / "metrics.jsonl")
+        losses = [(r["episode/return"], r.get("loss/total")) for r in records]
+        return int(re.search(r"compiled for \d+ s in all; (\d+)", done.stdout)[1]), losses
+
+    (first, losses), (second, again) = train("one"), train("two")
+    assert first == 0
+    assert second >= 3  # the parameters, the plan and the update at the least
+    assert again == losses, "what was kept computes as what was compiled"

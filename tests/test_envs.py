@@ -9,10 +9,12 @@ from conftest import PARITY
 from toy import Counting
 
 from valdi_jax.config import EnvConfig
-from valdi_jax.envs import Patience, evaluation_seeds, interface_of, make_env
-from valdi_jax.envs.carracing import ThroughTerminals, make_carracing, mask_bar, read_proprio
+from valdi_jax.envs import evaluation_seeds, interface_of, make_env
+from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
+from valdi_jax.envs.wrappers import Patience, ThroughTerminals
 from valdi_jax.errors import UsageError
+from valdi_jax.types import Observation
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +207,17 @@ def test_only_scoring_drives_through_terminals():
         assert (Patience in wrappers) == training
 
 
+def workers(factory, size, **settings):
+    example = Observation(vector=np.zeros(2, np.float32))
+    return WorkerPool(factory, size, example=example, chunk=3, **settings)
+
+
 def test_workers_leave_signals_to_the_parent():
     handler = signal.getsignal(signal.SIGTERM)
-    pool = WorkerPool(Counting, 1)
+    pool = workers(Counting, 1)
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):  # while the worker is still starting
-            os.kill(pool._workers[0][0].pid, signum)
+            os.kill(pool._workers[0].process.pid, signum)
         assert pool.reset({0: 7})[0].vector[0] == 7
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
@@ -219,7 +226,7 @@ def test_workers_leave_signals_to_the_parent():
 
 def test_worker_processes_answer_as_a_local_environment_does():
     actions = np.zeros((3, 3), np.float32)
-    pool = WorkerPool(functools.partial(Counting, length=5), 2)
+    pool = workers(functools.partial(Counting, length=5), 2)
     try:
         for index in range(2):
             local = LocalPool(functools.partial(Counting, length=5))
@@ -235,11 +242,11 @@ def test_worker_processes_answer_as_a_local_environment_does():
                 )
     finally:
         pool.close()
-    assert not any(process.is_alive() for process, _ in pool._workers)
+    assert not any(process.is_alive() for process, *_ in pool._workers)
 
 
 def test_a_failing_environment_in_a_worker_is_reported_with_its_traceback():
-    pool = WorkerPool(functools.partial(Counting, fail_at=2), 1)
+    pool = workers(functools.partial(Counting, fail_at=2), 1)
     try:
         pool.reset({0: 1})
         with pytest.raises(RuntimeError, match="the road is closed"):
@@ -257,10 +264,10 @@ def test_a_reward_that_is_not_finite_is_an_error(reward):
 
 
 def test_a_worker_that_dies_is_replaced_and_the_others_go_on():
-    pool = WorkerPool(Counting, 2)
+    pool = workers(Counting, 2)
     try:
         pool.reset({0: 1, 1: 2})
-        pool._workers[0][0].kill()
+        pool._workers[0].process.kill()
         answers = pool.step(dict.fromkeys((0, 1), np.zeros((3, 3), np.float32)))
         assert list(answers) == [1]
         assert pool.restarts == 1
@@ -270,7 +277,7 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on():
 
 
 def test_a_worker_that_hangs_is_replaced():
-    pool = WorkerPool(functools.partial(Counting, hang_at=2), 1, timeout=15)
+    pool = workers(functools.partial(Counting, hang_at=2), 1, timeout=15)
     try:
         pool.reset({0: 1})
         pool._timeout = 0.5  # it has started by now
@@ -282,10 +289,60 @@ def test_a_worker_that_hangs_is_replaced():
 
 
 def test_a_worker_that_is_lost_again_and_again_is_given_up():
-    pool = WorkerPool(functools.partial(os._exit, 9), 1)
+    pool = workers(functools.partial(os._exit, 9), 1)
     try:
         assert pool.reset({0: 1}) == pool.reset({0: 1}) == {}
         with pytest.raises(RuntimeError, match=r"env-0 was lost 3 times in a row \(exit code 9"):
             pool.reset({0: 1})
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("where", ["here", "in workers"])
+def test_of_a_chunk_only_the_last_observation_may_be_kept(where):
+    factory = functools.partial(Counting, length=5)
+    pool = (
+        LocalPool(factory, last_only=True)
+        if where == "here"
+        else workers(factory, 2, last_only=True)
+    )
+    try:
+        pool.reset({0: 1})
+        for steps, rewards in ((3, [1, 2, 3]), (5, [4, 5])):
+            answer = pool.step({0: np.zeros((3, 3), np.float32)})[0]
+            assert answer.rewards == rewards
+            assert [o.vector[1] for o in answer.observations] == [steps]
+    finally:
+        pool.close()
+
+
+def test_observations_of_workers_are_not_written_over():
+    pool = workers(Counting, 1)
+    try:
+        first = pool.reset({0: 1})[0]
+        steps = pool.step({0: np.zeros((3, 3), np.float32)})[0]
+        pool.step({0: np.zeros((3, 3), np.float32)})
+        assert first.vector[1] == 0
+        assert [o.vector[1] for o in steps.observations] == [1, 2, 3]
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("max_steps", [8, 9])
+def test_frames_that_are_skipped_do_not_change_those_that_are_drawn(max_steps):
+    rng = np.random.default_rng(0)
+    whole, last = (
+        Stepper(functools.partial(make_carracing, max_steps=max_steps), last_only=last_only)
+        for last_only in (False, True)
+    )
+    first, again = whole.reset(3), last.reset(3)
+    np.testing.assert_array_equal(first.image, again.image)
+    for _ in range(3):  # the last of 8 steps ends within a chunk
+        actions = rng.uniform(-1, 1, (3, 3)).astype(np.float32)
+        one, other = whole.step(actions), last.step(actions)
+        assert one.rewards == other.rewards
+        (kept,) = other.observations
+        np.testing.assert_array_equal(one.observations[-1].image, kept.image)
+        np.testing.assert_array_equal(one.observations[-1].vector, kept.vector)
+    assert other.truncated
+    np.testing.assert_array_equal(whole.reset(4).image, last.reset(4).image)

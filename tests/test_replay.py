@@ -35,9 +35,13 @@ def filled(*episodes, capacity=10, bootstrap_terminal=True):
     return replay
 
 
+def sample(replay, seed, size):
+    return replay.gather(replay.draw(np.random.default_rng(seed), size))
+
+
 def test_a_segment_is_consecutive_and_within_one_episode():
     replay = filled(*(episode(i, length) for i, length in enumerate((18, 25, 40))))
-    batch = replay.sample(np.random.default_rng(0), 500)
+    batch = sample(replay, 0, 500)
     vector = batch.observations.vector
     assert vector.shape == (500, 7, 2)
     assert batch.actions.shape == (500, 6, 9)
@@ -52,7 +56,7 @@ def test_a_segment_is_consecutive_and_within_one_episode():
 
 def test_episodes_are_drawn_uniformly_and_so_are_their_starts():
     replay = filled(episode(0, SPAN), episode(1, SPAN + 9))
-    vector = replay.sample(np.random.default_rng(0), 4000).observations.vector
+    vector = sample(replay, 0, 4000).observations.vector
     assert np.mean(vector[:, 0, 0]) == pytest.approx(0.5, abs=0.05)
     starts = vector[vector[:, 0, 0] == 1][:, 0, 1]
     counts = np.bincount(starts.astype(int), minlength=10)
@@ -62,7 +66,7 @@ def test_episodes_are_drawn_uniformly_and_so_are_their_starts():
 
 def test_only_the_segment_that_holds_the_terminal_step_is_marked():
     replay = filled(episode(0, SPAN + 3, terminated=True), episode(1, SPAN + 3))
-    batch = replay.sample(np.random.default_rng(0), 500)
+    batch = sample(replay, 0, 500)
     first = batch.observations.vector[:, 0]
     expected = (first[:, 0] == 0) & (first[:, 1] == 3)
     assert 0 < expected.sum() < 500
@@ -73,7 +77,7 @@ def test_only_the_segment_that_holds_the_terminal_step_is_marked():
 @pytest.mark.parametrize("length", [1, 4, 18, 40])
 def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segment(length):
     replay = filled(episode(0, length, terminated=True), bootstrap_terminal=False)
-    batch = replay.sample(np.random.default_rng(0), 2000)
+    batch = sample(replay, 0, 2000)
     steps = batch.observations.vector[..., 1]
     starts = steps[:, 0].astype(int)
     assert set(starts) == set(range(length))
@@ -91,7 +95,7 @@ def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segmen
 
 def test_a_time_limit_is_no_end_to_learn():
     replay = filled(episode(0, SPAN + 5), bootstrap_terminal=False)
-    batch = replay.sample(np.random.default_rng(0), 300)
+    batch = sample(replay, 0, 300)
     assert not batch.terminals.any()
     assert batch.observations.vector[:, 0, 1].max() == 5
     assert not filled(episode(0, SPAN - 1), bootstrap_terminal=False).ready
@@ -99,7 +103,7 @@ def test_a_time_limit_is_no_end_to_learn():
 
 def test_an_episode_shorter_than_a_segment_is_never_drawn():
     replay = filled(episode(0, 5), episode(1, SPAN - 1), episode(2, SPAN))
-    vector = replay.sample(np.random.default_rng(0), 100).observations.vector
+    vector = sample(replay, 0, 100).observations.vector
     assert set(vector[..., 0].ravel()) == {2}
     assert len(replay) == 3
 
@@ -108,17 +112,38 @@ def test_a_replay_of_short_episodes_says_that_it_is_not_ready():
     replay = filled(episode(0, 5))
     assert not replay.ready
     with pytest.raises(ValueError, match="at least 18 steps"):
-        replay.sample(np.random.default_rng(0), 4)
+        sample(replay, 0, 4)
 
 
 def test_the_oldest_episode_leaves_first():
     replay = filled(*(episode(i, SPAN) for i in range(5)), capacity=3)
-    vector = replay.sample(np.random.default_rng(0), 200).observations.vector
+    vector = sample(replay, 0, 200).observations.vector
     assert len(replay) == 3
     assert set(vector[..., 0].ravel()) == {2, 3, 4}
 
 
 def test_the_same_generator_state_gives_the_same_batch():
     replay = filled(episode(0, 40), episode(1, 40))
-    one, two = (replay.sample(np.random.default_rng(7), 16) for _ in range(2))
+    one, two = (sample(replay, 7, 16) for _ in range(2))
     np.testing.assert_array_equal(one.observations.vector, two.observations.vector)
+
+
+@pytest.mark.parametrize(("length", "terminated"), [(31, False), (31, True), (4, True)])
+def test_where_every_third_frame_is_kept_segments_start_at_one(length, terminated):
+    config = CONFIG.replace(
+        env={"render_every": "chunk"}, learn={"bootstrap_terminal": not terminated}
+    )
+    whole = episode(0, length, terminated)
+    kept = [*range(0, length, 3), length]
+    replay = Replay(config)
+    replay.add(
+        dataclasses.replace(whole, observations=Observation(vector=whole.observations.vector[kept]))
+    )
+    batch = sample(replay, 0, 300)
+    steps = batch.observations.vector[..., 1]
+    starts = steps[:, 0]
+    assert set(starts) == set(range(0, length if terminated else length - SPAN + 1, 3))
+    expected = np.minimum(starts[:, None] + 3 * np.arange(7), length)
+    np.testing.assert_array_equal(steps, expected)
+    rewards = starts[:, None] + np.arange(SPAN)
+    np.testing.assert_array_equal(batch.rewards.reshape(300, SPAN), rewards * (rewards < length))

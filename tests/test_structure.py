@@ -8,17 +8,10 @@ import valdi_jax
 FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
     *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer", "heads"),
-    *("diffusion", "sigreg", "dynamics", "model", "losses", "update", "planner", "replay"),
-    *(
-        "envs.carracing_render",
-        "envs.carracing",
-        "envs.spaces",
-        "envs.workers",
-        "envs",
-        "collect",
-        "cli",
-    ),
-    *("integrity", "checkpoint", "progress", "evaluate", "train", "convert"),
+    *("diffusion", "sigreg", "dynamics", "model", "losses", "replay", "update", "planner"),
+    *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
+    *("envs", "collect", "cli", "integrity", "checkpoint", "progress", "evaluate", "learner"),
+    *("train", "convert"),
 ]
 
 
@@ -57,6 +50,7 @@ def test_gymnasium_appears_only_where_environments_do():
         "envs.carracing_render",
         "envs.spaces",
         "envs.workers",
+        "envs.wrappers",
         "evaluate",
         "train",
     }

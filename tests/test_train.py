@@ -15,6 +15,7 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax import checkpoint, cli
+from valdi_jax import learner as learner_module
 from valdi_jax import train as train_module
 from valdi_jax.config import PRESETS
 from valdi_jax.envs import make_env
@@ -130,14 +131,14 @@ def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
     straight, tmp_path, monkeypatch
 ):
     _, state, _ = straight
-    update = train_module.update
+    update = learner_module.update
 
     def interrupting(state, batch, *, config):
         if int(state.step) == 4:  # the second of the fourth episode's three updates
             os.kill(os.getpid(), signal.SIGTERM)
         return update(state, batch, config=config)
 
-    monkeypatch.setattr(train_module, "update", interrupting)
+    monkeypatch.setattr(learner_module, "update", interrupting)
     with pytest.raises(cli.Interrupted, match="SIGTERM"):
         run(tmp_path / "run", 5)
     assert checkpoint.latest(tmp_path / "run").name == "00000004"
@@ -275,15 +276,15 @@ def test_one_line_says_what_a_decision_costs_on_a_cpu(tmp_path):
 
 def poison(monkeypatch, updates):
     """Let the batches of the updates with these numbers hold rewards that are not a number."""
-    numbers, sample = itertools.count(), Replay.sample
+    numbers, gather = itertools.count(), Replay.gather
 
-    def poisoned(self, rng, batch_size):
-        batch = sample(self, rng, batch_size)
+    def poisoned(self, segments):
+        batch = gather(self, segments)
         if next(numbers) in updates:
             batch = batch.replace(rewards=np.full_like(batch.rewards, np.nan))
         return batch
 
-    monkeypatch.setattr(Replay, "sample", poisoned)
+    monkeypatch.setattr(Replay, "gather", poisoned)
 
 
 def test_training_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkeypatch):

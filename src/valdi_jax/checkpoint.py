@@ -432,6 +432,7 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
     try:
         arrays = _read_arrays(path)
         length = len(arrays["rewards"])
+        frames = -(-length // config.frame_stride) + 1
         expected = {
             "actions": ((length, config.model.action_dim), np.float32),
             "rewards": ((length,), np.float32),
@@ -441,7 +442,7 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
         for name in ("image", "vector"):
             part = getattr(example, name)
             if part is not None:
-                expected[name] = ((length + 1, *part.shape), part.dtype)
+                expected[name] = ((frames, *part.shape), part.dtype)
         given = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         if not length or given != expected:
             raise ValueError(f"it holds {given}, not {expected}")

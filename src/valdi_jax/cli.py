@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import os
+import platform
 import re
 import signal
 import sys
 import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import tyro
+from jax import monitoring
 
 from valdi_jax.errors import StoppedError, UsageError
 
@@ -84,8 +89,51 @@ def _sentence(message: str) -> str:
     return first.split("\n")[0].strip() or "cannot read the command line"
 
 
+def cache_compilations() -> None:
+    """Keep what XLA compiles, so that the second start of a command need not compile again.
+
+    It is kept in ``JAX_COMPILATION_CACHE_DIR``, or under the user's cache directory, apart for each
+    kind of processor: code for another one may hold instructions that this one lacks.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # JAX itself reads it
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    info = Path("/proc/cpuinfo")
+    flags = (
+        re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
+    )
+    kind = flags[0] if flags else platform.processor() + platform.machine()
+    digest = hashlib.sha256(f"{jax.version.__version__} {kind}".encode()).hexdigest()[:16]
+    jax.config.update("jax_compilation_cache_dir", str(base / "valdi-jax" / digest))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def compile_cost() -> tuple[float, int]:
+    """Wall seconds that this process has spent compiling, and programs that the cache held."""
+    return sum(_compile_seconds), len(_cache_hits)
+
+
+_compile_seconds: list[float] = []
+_cache_hits: list[None] = []
+
+
+def _on_duration(event: str, seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compile_seconds.append(seconds)
+
+
+def _on_event(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _cache_hits.append(None)
+
+
+monitoring.register_event_duration_secs_listener(_on_duration)
+monitoring.register_event_listener(_on_event)
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command: an error that is a sentence is printed, with exit status 2 or 3."""
+    cache_compilations()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UsageError as error:

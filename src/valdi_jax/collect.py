@@ -32,8 +32,8 @@ class Driven:
 
     episode: Episode
     predicted_return: float  # mean over the decisions of what the planner expected
-    plan_ms: float  # wall time of one planner call, median over the decisions
-    env_ms: float  # wall time of one chunk of environment steps, median over the decisions
+    plan_seconds: np.ndarray  # [decisions] wall time of each planner call
+    env_seconds: np.ndarray  # [decisions] wall time waited for each chunk of environment steps
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -86,6 +86,7 @@ def drive(
     *,
     config: Config,
     noise_std: float = 0.0,
+    groups: int = 1,
     on_decision: Callable[[], None] = lambda: None,
 ) -> list[Driven]:
     """Drive an episode for every job, the planner batched over the environments of the pool.
@@ -100,6 +101,7 @@ def drive(
         jobs: what to drive.
         config: the run's configuration.
         noise_std: exploration noise.
+        groups: of environments, each planned for in its turn while the others step.
         on_decision: called before every planner call; what it raises ends the drive.
 
     Returns: the episodes in the order of the jobs.
@@ -107,53 +109,67 @@ def drive(
     jobs = list(jobs)
     waiting = list(enumerate(jobs))[::-1]
     finished: dict[int, Driven] = {}
-    slots: dict[int, _Slot] = {}
-    while True:
-        free = [index for index in range(pool.size) if index not in slots]
-        starting = {index: waiting.pop() for index in free if waiting}
-        firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
-        for index, (number, job) in starting.items():
-            if index in firsts:
-                slots[index] = _Slot(number, job, [firsts[index]])
-            else:
-                waiting.append((number, job))
-        if not slots and not waiting:
-            return [finished[number] for number in range(len(jobs))]
-        if not slots:
-            continue
+    parts = [part.tolist() for part in np.array_split(np.arange(pool.size), groups) if len(part)]
+    under_way: list[dict[int, _Slot]] = [{} for _ in parts]
+    while waiting or any(under_way):
+        for part, slots in zip(parts, under_way, strict=True):
+            _receive(pool, slots, finished, waiting)
+            free = [index for index in part if index not in slots]
+            starting = {index: waiting.pop() for index in free if waiting}
+            firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
+            for index, (number, job) in starting.items():
+                if index in firsts:
+                    slots[index] = _Slot(number, job, [firsts[index]])
+                else:
+                    waiting.append((number, job))
+            if not slots:
+                continue
 
-        on_decision()
-        idle = next(iter(slots))
-        batch = [slots.get(index, slots[idle]) for index in range(pool.size)]
-        start = time.perf_counter()
-        actions, predicted = plan_batch(
-            params,
-            jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
-            jnp.stack([slot.job.key for slot in batch]),
-            np.array([slot.decisions for slot in batch], np.int32),
-            np.float32(noise_std),
-            config=config,
-        )
-        actions, predicted = np.asarray(actions), np.asarray(predicted)
-        planned = time.perf_counter()
-        answers = pool.step({index: actions[index] for index in slots})
-        stepped = time.perf_counter()
+            on_decision()
+            start = time.perf_counter()
+            idle = next(iter(slots))
+            batch = [slots.get(index, slots[idle]) for index in part]
+            actions, predicted = plan_batch(
+                params,
+                jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
+                jnp.stack([slot.job.key for slot in batch]),
+                np.array([slot.decisions for slot in batch], np.int32),
+                np.float32(noise_std),
+                config=config,
+            )
+            actions, predicted = np.asarray(actions), np.asarray(predicted)
+            planned = time.perf_counter()
+            chosen = {index: actions[part.index(index)] for index in slots}
+            pool.send(chosen)
+            sent = time.perf_counter()
+            for index, slot in slots.items():
+                slot.chunk = chosen[index]
+                slot.decisions += 1
+                slot.predicted += float(predicted[part.index(index)])
+                slot.plan_seconds.append(planned - start)
+                slot.env_seconds.append(sent - planned)
+    return [finished[number] for number in range(len(jobs))]
 
-        for index in slots.keys() - answers.keys():  # lost with its environment: driven again
-            slot = slots.pop(index)
-            waiting.append((slot.number, slot.job))
-        for index, steps in answers.items():
-            slot = slots[index]
-            slot.observations += steps.observations
-            slot.actions.append(actions[index, : len(steps.rewards)])
-            slot.rewards += steps.rewards
-            slot.decisions += 1
-            slot.predicted += float(predicted[index])
-            slot.plan_seconds.append(planned - start)
-            slot.env_seconds.append(stepped - planned)
-            if steps.terminated or steps.truncated:
-                finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
-                del slots[index]
+
+def _receive(
+    pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven], waiting: list
+) -> None:
+    """Take in what the chunks led to that these environments were sent."""
+    start = time.perf_counter()
+    answers = pool.receive(list(slots))
+    seconds = time.perf_counter() - start
+    for index in slots.keys() - answers.keys():  # lost with its environment: driven again
+        slot = slots.pop(index)
+        waiting.append((slot.number, slot.job))
+    for index, steps in answers.items():
+        slot = slots[index]
+        slot.observations += steps.observations
+        slot.actions.append(slot.chunk[: len(steps.rewards)])
+        slot.rewards += steps.rewards
+        slot.env_seconds[-1] += seconds
+        if steps.terminated or steps.truncated:
+            finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
+            del slots[index]
 
 
 @dataclasses.dataclass
@@ -163,6 +179,7 @@ class _Slot:
     number: int
     job: Job
     observations: list[Observation]
+    chunk: np.ndarray | None = None  # of actions [C, A] being taken
     actions: list[np.ndarray] = dataclasses.field(default_factory=list)
     rewards: list[float] = dataclasses.field(default_factory=list)
     decisions: int = 0
@@ -182,6 +199,6 @@ class _Slot:
         return Driven(
             episode,
             predicted_return=self.predicted / self.decisions,
-            plan_ms=1e3 * float(np.median(self.plan_seconds)),
-            env_ms=1e3 * float(np.median(self.env_seconds)),
+            plan_seconds=np.array(self.plan_seconds),
+            env_seconds=np.array(self.env_seconds),
         )

@@ -30,6 +30,9 @@ class EnvConfig:
     patience: int = 0
     """Truncate a training episode after this many environment steps without a positive reward
     (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
+    render_every: Literal["step", "chunk"] = "step"
+    """Keep the observation after every step, or only that which the planner sees after each chunk:
+    faster to draw and a third to store, but training segments then start at decisions only."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class LearnConfig:
     """Bootstrap the TD target through a terminal step, as the reference does."""
     reward_scale: float = 1.0
     """Factor on the rewards that the heads learn from; it changes no reported return."""
+    updates_per_dispatch: int = 8
+    """Updates made in one call, at most, where the replay is on the device."""
     nonfinite_limit: int = 10
     """Updates in a row with a loss or gradient that is not finite, or planner answers likewise,
     after which training stops."""
@@ -150,6 +155,9 @@ class CollectConfig:
     """Episodes driven by the untrained planner before the first update."""
     num_envs: int = 1
     """Environments stepped in parallel, each in a worker process when there are several."""
+    overlap: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
+    """Drive the next episodes while learning from those before, with parameters that lack these
+    updates. The updates per environment step stay the same."""
     worker_timeout: float = 60.0
     """Seconds after which a worker process that does not answer is replaced by a new one."""
     noise_start: float = 0.25
@@ -168,6 +176,9 @@ class ReplayConfig:
 
     capacity: int = 1000
     """Episodes kept; the oldest goes first."""
+    placement: Literal["auto", "device", "host"] = "auto"
+    """Where training segments are gathered: from a copy of the episodes on the device, several
+    updates in one call, or on the host. auto: on an accelerator, if they fit."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,11 @@ class Config:
     def plan_shape(self) -> tuple[int, int]:
         """Shape ``[H * C, A]`` of a planned action sequence."""
         return self.model.horizon * self.model.chunk, self.model.action_dim
+
+    @property
+    def frame_stride(self) -> int:
+        """Environment steps between the observations that are kept."""
+        return self.model.chunk if self.env.render_every == "chunk" else 1
 
     @property
     def segment_steps(self) -> int:
@@ -373,7 +389,8 @@ def validate(config: Config) -> None:
     counts += ["planner.candidates", "planner.iterations"]
     counts += ["planner.diffusion_steps", "learn.batch_size", "learn.sigreg_directions"]
     counts += ["collect.episodes", "collect.num_envs", "replay.capacity", "eval.episodes"]
-    counts += ["learn.nonfinite_limit", "checkpoint.every", "checkpoint.keep"]
+    counts += ["learn.nonfinite_limit", "learn.updates_per_dispatch"]
+    counts += ["checkpoint.every", "checkpoint.keep"]
     least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
     if config.env.max_steps:  # or no episode holds a training segment
         least["env.max_steps"] = config.segment_steps

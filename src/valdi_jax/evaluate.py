@@ -72,8 +72,16 @@ def evaluate(
     Returns: one result an episode, in order.
     """
     factory = functools.partial(make, config.env, training=False)
-    config = config.replace(model={"action_dim": interface_of(factory).action_dim})
-    pool = make_pool(factory, num_envs, timeout=config.collect.worker_timeout)
+    interface = interface_of(factory)
+    config = config.replace(model={"action_dim": interface.action_dim})
+    pool = make_pool(
+        factory,
+        num_envs,
+        example=interface.example,
+        chunk=config.model.chunk,
+        last_only=True,  # nothing is learnt from what the planner does not see
+        timeout=config.collect.worker_timeout,
+    )
     try:
         return drive(params, pool, _jobs(episodes), config=config, on_decision=on_decision)
     finally:
@@ -218,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
                 on_decision=functools.partial(bar.advance, task),
             )
         numbers = summary([result.episode.episode_return for result in driven])
-        plan_ms = float(np.median([result.plan_ms for result in driven]))
+        plan_ms = 1e3 * float(np.median(np.concatenate([r.plan_seconds for r in driven])))
         print(
             f"{steps:>6}{numbers['mean']:>9.1f}{numbers['standard_error'] or math.nan:>8.1f}"
             f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",

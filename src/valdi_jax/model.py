@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,10 +34,17 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
     Args:
         key: PRNG key.
         observation: one example (or its ``jax.ShapeDtypeStruct``s), with any leading axes.
+        config: the run's configuration.
     """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
+    return _init_params(key, shapes, config)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # or each layer's draws compile by themselves
+def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     model = config.model
     encoder_key, dynamics_key, reward_key, value_key = jax.random.split(key, 4)
-    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), observation)
+    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     z = jnp.zeros((1, model.latent_dim))
     chunk = jnp.zeros((1, model.chunk * model.action_dim))
     params = {

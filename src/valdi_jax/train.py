@@ -6,16 +6,18 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import gymnasium as gym
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding
 from rich.console import Console
 
 from valdi_jax import checkpoint, cli
@@ -26,13 +28,17 @@ from valdi_jax.envs import interface_of, make_env
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.evaluate import evaluate
+from valdi_jax.learner import Learner
 from valdi_jax.progress import Display, RunLog, read_jsonl
-from valdi_jax.replay import Episode, Replay
-from valdi_jax.types import AgentState, Array, Batch, Observation
-from valdi_jax.update import init_state, observe, shardings, update
+from valdi_jax.replay import Episode
+from valdi_jax.types import AgentState, Array, Observation, Params
+from valdi_jax.update import init_state
 
 # What may differ between a run and its continuation: how long it goes on and what it reports.
-_CHANGEABLE = ("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint.")
+_CHANGEABLE = (
+    *("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint."),
+    *("replay.placement", "learn.updates_per_dispatch"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,37 +104,41 @@ def train(
             state, progress = init_state(init_key, example, config=config), Progress()
         if resume:
             checkpoint.save_config(run_dir, config)
-        whole, split = shardings(config.learn.batch_size) or (None, None)
-        if whole is not None:
-            state = jax.device_put(state, whole)
-            console.print(f"learning on {jax.device_count()} devices", highlight=False)
-        replay = Replay(config)
-        for number in digests:
-            replay.add(checkpoint.load_episode(run_dir, number, example, config))
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
         returns = [record["episode/return"] for record in records[-20:]]
         display = Display(console, config.collect.episodes, progress.episodes, returns)
         log = RunLog(run_dir, episodes=progress.episodes, say=display.say)
         stack.callback(log.close)
         display.say(f"run directory: {run_dir}")
-        pool = make_pool(factory, config.collect.num_envs, timeout=config.collect.worker_timeout)
+        learner = Learner(state, example, config=config, run_dir=run_dir, say=display.say)
+        for number in digests:
+            learner.restore(checkpoint.load_episode(run_dir, number, example, config))
+        if learner.devices > 1:
+            display.say(f"learning on {learner.devices} devices")
+        pool = make_pool(
+            factory,
+            config.collect.num_envs,
+            example=example,
+            chunk=config.model.chunk,
+            last_only=config.env.render_every == "chunk",
+            timeout=config.collect.worker_timeout,
+        )
         stack.callback(pool.close)
+        executor = stack.enter_context(ThreadPoolExecutor(1, "drive"))
         evaluations = read_jsonl(run_dir / "evaluations.jsonl")
         run = _Run(
             config=config,
             run_dir=run_dir,
-            state=state,
+            learner=learner,
             progress=progress,
-            replay=replay,
             digests=digests,
             pool=pool,
+            executor=executor,
             log=log,
             display=display,
             make=make,
             check=check,
             drive_key=drive_key,
-            split=split,
-            updates=int(state.step),
             evaluated=evaluations[-1]["episode"] + 1 if evaluations else 0,
             saved=progress if found else None,
             attempted=progress.episodes if found else 0,
@@ -138,7 +148,7 @@ def train(
             run.say_cost(example)
         stack.enter_context(display)
         run.go()
-    return run.state
+    return learner.state
 
 
 @dataclasses.dataclass
@@ -147,25 +157,22 @@ class _Run:
 
     config: Config
     run_dir: Path
-    state: AgentState
+    learner: Learner
     progress: Progress
-    replay: Replay
     digests: dict[int, str]  # checksums of the replay's episodes on disk
     pool: Pool
+    executor: ThreadPoolExecutor  # drives where learning overlaps with it
     log: RunLog
     display: Display
     make: Callable[..., gym.Env]
     check: Callable[[], None]  # raises Interrupted once a signal has come
     drive_key: Array
-    split: NamedSharding | None  # of a batch, where there are several devices
-    updates: int  # made, as a Python number
     evaluated: int  # episodes at the last evaluation
     saved: Progress | None  # at the last checkpoint
     attempted: int  # episodes when a checkpoint was last written, or could not be
     clock: float  # when the run would have begun, had it never stopped
-    unjudged: tuple[Batch, dict[str, Array]] | None = None  # the last update, until it is judged
     unsaved: dict[int, Episode] = dataclasses.field(default_factory=dict)  # not yet on disk
-    refused: int = 0  # updates in a row that were not finite
+    said_compiling: bool = False  # how long that took, once everything is compiled
     unscored: int = 0  # episodes in a row that the planner had no finite score for
 
     def go(self) -> None:
@@ -174,9 +181,12 @@ class _Run:
         if self.progress.episodes >= total:
             self.display.say(f"nothing to do: {self.progress.episodes} of {total} episodes driven")
             return
+        overlap = self.config.collect.overlap
         try:
-            self.learn([])  # what an interrupt left undone
             while True:
+                # What an interrupt left undone, or, driving and learning at once, the last round.
+                if not overlap or self.progress.episodes >= total:
+                    self.learn({})
                 if self.due(self.config.eval.every, self.evaluated):
                     self.evaluate()
                 if self.due(self.config.checkpoint.every, self.attempted):
@@ -204,29 +214,27 @@ class _Run:
         count = min(config.collect.num_envs, config.collect.episodes - before)
         numbers = range(before, before + count)
         noise_std = exploration_noise(before - config.collect.seed_episodes, config.collect)
-        self.display.phase("driving")
         restarts = self.pool.restarts
-        driven = drive(
-            self.state.params,
-            self.pool,
-            [self.job(number) for number in numbers],
-            config=config,
-            noise_std=noise_std,
-            on_decision=self.check,
-        )
+        metrics: dict[str, float] = {"plan/noise_std": noise_std}
+        if config.collect.overlap:
+            driven = self.drive_and_learn(numbers, noise_std, metrics)
+        else:
+            self.display.phase("driving")
+            driven = self.drive(self.learner.state.params, numbers, noise_std, self.check)
         if self.pool.restarts > restarts:
             self.display.say(
                 f"warning: {self.pool.restarts - restarts} environment workers died or did not "
                 "answer; new ones drove their episodes again"
             )
+        start = time.perf_counter()
         for number, result in zip(numbers, driven, strict=True):
-            self.replay.add(result.episode)
+            self.learner.add(result.episode)
             self.unsaved[number] = result.episode
-            self.state = observe(self.state, result.episode.observations.vector)
         try:
             self.save_episodes()
         except OSError as error:
             self.display.say(f"warning: cannot save an episode, will try again: {error.strerror}")
+        metrics["time/save_s"] = time.perf_counter() - start
         steps = [len(result.episode) for result in driven]
         seeding = max(0, config.collect.seed_episodes - before)
         self.progress = dataclasses.replace(
@@ -236,15 +244,55 @@ class _Run:
             learning_steps=self.progress.learning_steps + sum(steps[seeding:]),
             seconds=time.monotonic() - self.clock,
         )
-        metrics: list[dict[str, Array]] = []
         try:
             self.check_scores(driven)
+            if not config.collect.overlap:
+                self.learn(metrics)
+        finally:
+            # Even on an interrupt: the episodes are driven, and the updates that they are still
+            # owed come on resuming.
+            self.report(numbers, driven, metrics)
+        if self.learner.updates and not self.said_compiling:
+            self.said_compiling = True
+            seconds, spared = cli.compile_cost()
+            self.display.say(
+                f"compiled for {seconds:.0f} s in all; {spared} programs came from the cache"
+            )
+
+    def drive(
+        self, params: Params, numbers: Sequence[int], noise_std: float, check: Callable[[], None]
+    ) -> list[Driven]:
+        """Drive the training episodes of these numbers."""
+        return drive(
+            params,
+            self.pool,
+            [self.job(number) for number in numbers],
+            config=self.config,
+            noise_std=noise_std,
+            groups=2 if self.config.collect.overlap else 1,
+            on_decision=check,
+        )
+
+    def drive_and_learn(
+        self, numbers: Sequence[int], noise_std: float, metrics: dict[str, float]
+    ) -> list[Driven]:
+        """Drive in a thread with the parameters of now, and meanwhile learn what is owed."""
+        over = threading.Event()
+
+        def check() -> None:
+            self.check()
+            if over.is_set():
+                raise StoppedError("learning has stopped")
+
+        params = jax.tree.map(jnp.copy, self.learner.state.params)  # an update donates its own
+        driving = self.executor.submit(self.drive, params, numbers, noise_std, check)
+        try:
             self.learn(metrics)
-        except (cli.Interrupted, StoppedError):
-            # The episodes are driven: they count, and the updates they are owed come on resuming.
-            self.report(numbers, driven, {"plan/noise_std": noise_std, **_means(metrics)})
+        except BaseException:
+            over.set()
             raise
-        self.report(numbers, driven, {"plan/noise_std": noise_std, **_means(metrics)})
+        self.display.phase("driving")
+        return driving.result()
 
     def report(
         self, numbers: Sequence[int], driven: Sequence[Driven], metrics: dict[str, float]
@@ -258,11 +306,13 @@ class _Run:
                 "episode/terminated": result.episode.terminated,
                 "episode/seed": result.episode.seed,
                 "plan/predicted_return": result.predicted_return,
-                "time/plan_ms": result.plan_ms,
-                "time/env_ms": result.env_ms,
+                "time/plan_ms": 1e3 * float(np.median(result.plan_seconds)),
+                "time/plan_s": float(np.sum(result.plan_seconds)),
+                "time/env_ms": 1e3 * float(np.median(result.env_seconds)),
+                "time/env_s": float(np.sum(result.env_seconds)),
                 "time/seconds": self.progress.seconds,
                 "total/env_steps": self.progress.env_steps,
-                "total/updates": self.updates,
+                "total/updates": self.learner.updates,
                 **metrics,
             }
             self.log.episode(record)
@@ -273,28 +323,23 @@ class _Run:
         seed = np.random.default_rng([1, self.config.seed, number]).integers(2**31 - 1)
         return Job(int(seed), jax.random.fold_in(self.drive_key, number))
 
-    def learn(self, metrics: list[dict[str, Array]]) -> None:
-        """Catch up with the update-to-data ratio, appending the metrics of every update."""
-        config = self.config
+    def learn(self, metrics: dict[str, float]) -> None:
+        """Catch up with the update-to-data ratio, adding the means of the updates' metrics."""
         # The ratio is a decimal: a hair is added so that 0.1 of 30 steps is 3, however it rounds.
-        due = int(self.progress.learning_steps * config.learn.updates_per_step + 1e-6)
-        if due <= self.updates or not self.replay.ready:
+        due = int(self.progress.learning_steps * self.config.learn.updates_per_step + 1e-6)
+        owed = due - self.learner.updates
+        if owed <= 0:
             return
-        self.display.phase(f"learning: {due - self.updates} updates")
-        while self.updates < due:
-            self.check()
-            start = time.perf_counter()
-            rng = np.random.default_rng([2, config.seed, self.updates])
-            batch = self.replay.sample(rng, config.learn.batch_size)
-            # The next batch is drawn while the device works, but only one ahead.
-            self.judge()
-            if self.split is not None:
-                batch = jax.device_put(batch, self.split)
-            self.state, values = update(self.state, batch, config=config)
-            self.updates += 1
-            self.unjudged = batch, values
-            metrics.append(values | {"time/update_ms": 1e3 * (time.perf_counter() - start)})
-        self.judge()
+        self.display.phase(f"learning: {owed} updates")
+        each: list[dict[str, float]] = []
+        start = time.perf_counter()
+        try:
+            self.learner.learn(due, each, self.check)
+        finally:
+            if each:
+                metrics |= _means(each)
+                metrics["time/learn_s"] = time.perf_counter() - start
+                metrics["time/update_ms"] = 1e3 * metrics["time/learn_s"] / len(each)
         self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
 
     def check_scores(self, driven: Sequence[Driven]) -> None:
@@ -309,35 +354,12 @@ class _Run:
                 f"last of them episode {self.progress.episodes}"
             )
 
-    def judge(self) -> None:
-        """Wait for the last update, and keep its batch if it was refused.
-
-        Raises:
-            StoppedError: if it is one too many in a row.
-        """
-        if self.unjudged is None:
-            return
-        (batch, values), self.unjudged = self.unjudged, None
-        if not float(values["update/refused"]):
-            self.refused = 0
-            return
-        self.refused += 1
-        limit = self.config.learn.nonfinite_limit
-        names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
-        sentence = f"{names} not finite in update {self.updates}, which was refused"
-        if len(list(self.run_dir.glob("nonfinite/*.npz"))) < limit:
-            path = checkpoint.save_batch(self.run_dir, self.updates, batch)
-            sentence += f"; its batch is in {path}"
-        self.display.say(f"warning: {sentence}")
-        if self.refused >= limit:
-            raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
-
     def evaluate(self) -> None:
         """Drive fixed episodes without exploration noise."""
         config = self.config
         self.display.phase(f"evaluating on {config.eval.episodes} episodes")
         driven = evaluate(
-            self.state.params,
+            self.learner.state.params,
             config,
             episodes=config.eval.episodes,
             num_envs=config.collect.num_envs,
@@ -371,7 +393,7 @@ class _Run:
             self.digests = {n: digest for n, digest in self.digests.items() if n >= first}
             checkpoint.save(
                 self.run_dir,
-                self.state,
+                self.learner.state,
                 self.progress,
                 keep=self.config.checkpoint.keep,
                 replay=self.digests,
@@ -404,7 +426,7 @@ class _Run:
         for _ in range(2):  # the first call compiles
             start = time.perf_counter()
             plan = plan_batch(
-                self.state.params,
+                self.learner.state.params,
                 jax.tree.map(lambda x: np.stack([x] * self.pool.size), example),
                 jax.random.split(self.drive_key, self.pool.size),
                 np.zeros(self.pool.size, np.int32),
@@ -418,10 +440,10 @@ class _Run:
         )
 
 
-def _means(metrics: list[dict[str, Array]]) -> dict[str, float]:
+def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over several updates, of those where it is finite."""
     means = {}
-    for name in (metrics or [{}])[0]:
+    for name in metrics[0]:
         values = np.array([m[name] for m in metrics])
         if np.isfinite(values).any():
             means[name] = float(values[np.isfinite(values)].mean())

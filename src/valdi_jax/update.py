@@ -15,8 +15,9 @@ from valdi_jax.errors import UsageError
 from valdi_jax.losses import objective
 from valdi_jax.model import init_params
 from valdi_jax.normalizer import merge
+from valdi_jax.replay import Segments, Store, gather
 from valdi_jax.sigreg import random_directions
-from valdi_jax.types import AgentState, Array, Batch, Draws, Observation
+from valdi_jax.types import AgentState, Array, Batch, Draws, Observation, Params
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -37,7 +38,11 @@ def init_state(key: Array, observation: Observation, *, config: Config) -> Agent
         config: the run's configuration.
     """
     params_key, key = jax.random.split(key)
-    params = init_params(params_key, observation, config=config)
+    return _first_state(init_params(params_key, observation, config=config), key, config)
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def _first_state(params: Params, key: Array, config: Config) -> AgentState:
     return AgentState(
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
@@ -129,6 +134,42 @@ def update(
         mean value, the latents' standard deviation, and ``update/refused``, which is 1 where the
         update was not finite.
     """
+    return _update(state, batch, config=config)
+
+
+def _update(
+    state: AgentState, batch: Batch, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
     key = jax.random.fold_in(state.key, state.step)
     draws = draw(key, batch.actions.shape[0], config=config)
     return apply_update(state, batch, draws, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnums=(0,))
+def update_from_store(
+    state: AgentState, store: Store, segments: Segments, count: Array, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """Several updates in one call, their batches gathered on the device.
+
+    Args:
+        state: the agent, donated: use the one returned.
+        store: the replay on the device.
+        segments: [K, B, ...] of K updates.
+        count: [] int32, how many of these to make, 1 .. K: one program serves all.
+        config: the run's configuration.
+
+    Returns: the new state, and the metrics of `update`, each [K]; 0 for updates not made.
+    """
+
+    def one(state: AgentState, segments: Segments) -> tuple[AgentState, dict[str, Array]]:
+        return _update(state, gather(store, segments), config=config)
+
+    def body(i: Array, carry: tuple[AgentState, dict[str, Array]]):
+        state, values = one(carry[0], jax.tree.map(lambda x: x[i], segments))
+        return state, jax.tree.map(lambda all, value: all.at[i].set(value), carry[1], values)
+
+    first = jax.tree.map(lambda x: x[0], segments)
+    shapes = jax.eval_shape(one, state, first)[1]
+    size = segments.slots.shape[0]
+    metrics = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, metrics))

@@ -12,6 +12,7 @@ import numpy as np
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.spaces import Interface
+from valdi_jax.envs.wrappers import Patience
 from valdi_jax.errors import UsageError
 
 
@@ -27,11 +28,15 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
     Raises:
         UsageError: if there is no environment of that name, or it cannot be made.
     """
+    patience = config.patience if training else 0
     if config.name == "carracing":
-        env = make_carracing(
-            max_steps=config.max_steps, through_terminals=not training, render_mode=render_mode
+        return make_carracing(
+            max_steps=config.max_steps,
+            patience=patience,
+            through_terminals=not training,
+            render_mode=render_mode,
         )
-    elif config.name in _NAMED:
+    if config.name in _NAMED:
         env = _NAMED[config.name](max_steps=config.max_steps, render_mode=render_mode)
     elif config.name.startswith("gym:"):
         env = make_registered(
@@ -43,9 +48,7 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
             f"unknown environment {config.name!r}: did you mean {near[0]!r}? (gym:ID takes any "
             "that is registered with Gymnasium)"
         )
-    if training and config.patience:
-        env = Patience(env, config.patience)
-    return env
+    return Patience(env, patience) if patience else env
 
 
 def make_registered(
@@ -91,24 +94,6 @@ _NAMED: dict[str, Callable[..., gym.Env]] = {
     "bipedalwalker": functools.partial(make_registered, "BipedalWalker-v3"),
     "bipedalwalker-hardcore": functools.partial(make_registered, "BipedalWalkerHardcore-v3"),
 }
-
-
-class Patience(gym.Wrapper):
-    """Truncates an episode after ``patience`` steps in a row without a positive reward."""
-
-    def __init__(self, env: gym.Env, patience: int):
-        super().__init__(env)
-        self.patience = patience
-        self._unrewarded = 0
-
-    def reset(self, **kwargs):
-        self._unrewarded = 0
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._unrewarded = 0 if reward > 0 else self._unrewarded + 1
-        return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
 
 
 def interface_of(factory: Callable[[], gym.Env]) -> Interface:

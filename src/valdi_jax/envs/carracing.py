@@ -9,6 +9,8 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
+from valdi_jax.envs.wrappers import Patience, ThroughTerminals
+
 _BAR = slice(84, 96)  # rows of the bar
 _METERS = slice(84, 94)  # rows of its vertical meters
 _NEEDLES = 88  # row that crosses both horizontal meters
@@ -36,7 +38,11 @@ def mask_bar(frame: np.ndarray) -> np.ndarray:
 
 
 class SplitBar(gym.ObservationWrapper):
-    """Frame [96, 96, 3] -> dict of ``image``, the frame without its bar, and ``vector`` [7]."""
+    """Frame [96, 96, 3] -> dict of ``image``, the frame without its bar, and ``vector`` [7].
+
+    Attributes:
+        skip_frames: while true, frames are not drawn and observations are of no use.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -50,33 +56,32 @@ class SplitBar(gym.ObservationWrapper):
     def observation(self, observation):
         return {"image": mask_bar(observation), "vector": read_proprio(observation)}
 
+    @property
+    def skip_frames(self) -> bool:
+        return self.unwrapped.skip_frames
 
-class ThroughTerminals(gym.Wrapper):
-    """Goes on through terminal states to the time limit, and only then says that there were any.
+    @skip_frames.setter
+    def skip_frames(self, skip: bool) -> None:
+        self.unwrapped.skip_frames = skip
 
-    This is how the paper's score is taken: every frame counts, those after a finished lap and
-    those outside the playfield (-100 each) included.
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self._terminated = False
-
-    def reset(self, **kwargs):
-        self._terminated = False
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._terminated |= terminated
-        return observation, reward, truncated and self._terminated, truncated, info
+    def redraw(self) -> dict[str, np.ndarray]:
+        """The observation of the last step, had its frame not been skipped."""
+        return self.observation(self.unwrapped.frame())
 
 
 def make_carracing(
-    *, max_steps: int, through_terminals: bool = False, render_mode: str | None = None
+    *,
+    max_steps: int,
+    patience: int = 0,
+    through_terminals: bool = False,
+    render_mode: str | None = None,
 ) -> gym.Env:
     """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps."""
     from valdi_jax.envs.carracing_render import FastCarRacing  # only it needs pygame
 
     env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), max_steps)
-    return SplitBar(ThroughTerminals(env) if through_terminals else env)
+    if through_terminals:
+        env = ThroughTerminals(env)
+    if patience:
+        env = Patience(env, patience)
+    return SplitBar(env)  # the outermost: it is asked which frames to draw

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import ctypes
 import dataclasses
+import functools
+import math
 import multiprocessing
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import NamedTuple
 
 import gymnasium as gym
+import jax
 import numpy as np
 
 from valdi_jax.envs.spaces import Interface
@@ -27,185 +32,300 @@ _LOSSES = 3  # of one worker in a row, without an answer in between, are given u
 class Steps:
     """What a chunk of actions led to: n <= C steps, fewer where the episode ended."""
 
-    observations: list[Observation]  # n, after each step
+    observations: list[Observation]  # after each step, or after the last alone
     rewards: list[float]  # n
     terminated: bool
     truncated: bool
 
 
 class Stepper:
-    """One environment in this process."""
+    """One environment in this process.
 
-    def __init__(self, factory: Callable[[], gym.Env]):
+    Args:
+        factory: makes it. Where it has an attribute ``skip_frames`` and a method ``redraw``, the
+            observations that are not kept are not drawn.
+        last_only: keep of each chunk only the last observation.
+    """
+
+    def __init__(self, factory: Callable[[], gym.Env], *, last_only: bool = False):
         self._env = factory()
         self._interface = Interface(self._env.observation_space, self._env.action_space)
+        self._last_only = last_only
+        self._skips = last_only and hasattr(self._env, "skip_frames")
 
     def reset(self, seed: int) -> Observation:
         """Start an episode."""
+        self._skip(False)
         observation, _ = self._env.reset(seed=seed)
         return self._interface.observe(observation)
 
     def step(self, actions: np.ndarray) -> Steps:
         """Take a chunk of actions [C, A] in [-1, 1], stopping where the episode ends."""
         observations, rewards, terminated, truncated = [], [], False, False
-        for action in actions:
+        for i, action in enumerate(actions):
+            last = i == len(actions) - 1
+            self._skip(not last)
             observation, reward, terminated, truncated, _ = self._env.step(
                 self._interface.act(action)
             )
-            observations.append(self._interface.observe(observation))
             rewards.append(float(reward))
-            _check_finite(observations[-1], rewards[-1])
-            if terminated or truncated:
+            done = terminated or truncated
+            if done and self._skips and not last:  # its last frame is kept after all
+                observation = self._env.redraw()
+            if last or done or not self._last_only:
+                observations.append(self._interface.observe(observation))
+                _check_finite(observations[-1])
+            if not np.isfinite(rewards[-1]):
+                raise ValueError(f"the environment's reward is {rewards[-1]}")
+            if done:
                 break
         return Steps(observations, rewards, bool(terminated), bool(truncated))
+
+    def _skip(self, skip: bool) -> None:
+        if self._skips:
+            self._env.skip_frames = skip
 
     def close(self) -> None:
         """Release the environment."""
         self._env.close()
 
 
-def _check_finite(observation: Observation, reward: float) -> None:
+def _check_finite(observation: Observation) -> None:
     """Raises ValueError now: later it would be in the replay and in the normalisation for good."""
-    if not np.isfinite(reward):
-        raise ValueError(f"the environment's reward is {reward}")
     if observation.vector is not None and not np.isfinite(observation.vector).all():
         raise ValueError(f"the environment's observation is not finite: {observation.vector}")
 
 
-class Pool(Protocol):
-    """N environments; requests are made for several at once."""
+class Pool(abc.ABC):
+    """N environments; requests are made for several at once.
+
+    An environment that was lost on the way is missing from an answer. It can be used again,
+    beginning with a reset.
+
+    Attributes:
+        size: how many there are.
+        restarts: workers that were lost and started anew.
+    """
 
     size: int
-    restarts: int  # workers that were lost and started anew
+    restarts: int = 0
 
+    @abc.abstractmethod
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
-        """Start an episode in each environment named, with the seed given.
+        """Start an episode in each environment named, with the seed given."""
 
-        An environment that was lost on the way is missing from the answer. It can be used again,
-        beginning with a reset. The same holds for `step`.
-        """
+    @abc.abstractmethod
+    def send(self, actions: dict[int, np.ndarray]) -> None:
+        """Have each environment named take a chunk of actions [C, A]."""
 
-    def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
-        """Take a chunk of actions [C, A] in each environment named."""
+    @abc.abstractmethod
+    def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
+        """What the chunks led to that were sent to these environments."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Release all environments."""
 
+    def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
+        """`send`, then `receive`."""
+        self.send(actions)
+        return self.receive(actions)
 
-class LocalPool:
+
+class LocalPool(Pool):
     """A pool of one environment, in this process."""
 
     size = 1
-    restarts = 0
 
-    def __init__(self, factory: Callable[[], gym.Env]):
-        self._stepper = Stepper(factory)
+    def __init__(self, factory: Callable[[], gym.Env], *, last_only: bool = False):
+        self._stepper = Stepper(factory, last_only=last_only)
+        self._answers: dict[int, Steps] = {}
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """See `Pool`."""
         return {index: self._stepper.reset(seed) for index, seed in seeds.items()}
 
-    def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
+    def send(self, actions: dict[int, np.ndarray]) -> None:
+        """See `Pool`; here it is done at once."""
+        self._answers = {index: self._stepper.step(chunk) for index, chunk in actions.items()}
+
+    def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
         """See `Pool`."""
-        return {index: self._stepper.step(chunk) for index, chunk in actions.items()}
+        return {index: self._answers[index] for index in indices}
 
     def close(self) -> None:
         """See `Pool`."""
         self._stepper.close()
 
 
-class WorkerPool:
+class WorkerPool(Pool):
     """A pool of worker processes, one environment each, stepped in parallel.
 
-    A worker that dies, or does not answer in time, is replaced by a new one.
+    Observations come through shared memory, all else through a pipe. A worker that dies, or does
+    not answer in time, is replaced by a new one.
 
     Args:
         factory: makes an environment; it must pickle.
         size: how many.
+        example: an observation of it.
+        chunk: most steps C of a chunk.
+        last_only: keep of each chunk only the last observation.
         timeout: seconds that a worker may take to answer.
 
     Raises:
-        RuntimeError: from ``reset`` and ``step``, with the traceback, if a worker's environment
+        RuntimeError: from ``reset`` and ``receive``, with the traceback, if a worker's environment
             raised; or if a worker was lost several times without an answer in between.
     """
 
-    def __init__(self, factory: Callable[[], gym.Env], size: int, *, timeout: float = 60.0):
+    def __init__(
+        self,
+        factory: Callable[[], gym.Env],
+        size: int,
+        *,
+        example: Observation,
+        chunk: int,
+        last_only: bool = False,
+        timeout: float = 60.0,
+    ):
         self.size = size
-        self.restarts = 0
-        self._factory = factory
+        self._make = functools.partial(Stepper, factory, last_only=last_only)
+        self._shapes = _chunk_shapes(example, chunk)
         self._timeout = timeout
         self._losses = [0] * size  # of each environment, in a row
+        self._deadlines = [math.inf] * size
         self._workers = [self._start(index) for index in range(size)]
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """See `Pool`."""
-        return self._ask("reset", seeds)
+        self._ask("reset", seeds)
+        return {index: observations[0] for index, (observations, _) in self._answers(seeds)}
 
-    def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
+    def send(self, actions: dict[int, np.ndarray]) -> None:
         """See `Pool`."""
-        return self._ask("step", actions)
+        self._ask("step", actions)
 
-    def _start(self, index: int) -> tuple[BaseProcess, Connection]:
+    def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
+        """See `Pool`."""
+        return {index: Steps(*parts, *rest) for index, (*parts, rest) in self._answers(indices)}
+
+    def _start(self, index: int) -> _Worker:
         # Spawned, not forked: a fork of a process with JAX's threads can deadlock.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
+        memory = context.RawArray("B", sum(nbytes for *_, nbytes in self._shapes))
         process = context.Process(
-            target=_serve, args=(theirs, self._factory), name=f"env-{index}", daemon=True
+            target=_serve,
+            args=(theirs, memory, self._shapes, self._make),
+            name=f"env-{index}",
+            daemon=True,
         )
         with _signals_ignored():
             process.start()
         theirs.close()
-        return process, ours
+        return _Worker(process, ours, _views(memory, self._shapes))
 
-    def _ask(self, method: str, arguments: dict) -> dict:
-        deadline = time.monotonic() + self._timeout
+    def _ask(self, method: str, arguments: dict) -> None:
         for index, argument in arguments.items():
+            self._deadlines[index] = time.monotonic() + self._timeout
             with contextlib.suppress(OSError):  # a dead one: there will be no answer either
-                self._workers[index][1].send((method, argument))
-        answers = {}
-        for index in arguments:
-            _, pipe = self._workers[index]
+                self._workers[index].pipe.send((method, argument))
+
+    def _answers(self, indices: Iterable[int]) -> list[tuple[int, tuple]]:
+        """(index, (observations, what else was answered)) of the workers that answered."""
+        answers = []
+        for index in indices:
+            worker = self._workers[index]
             try:
-                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                if not worker.pipe.poll(max(0.0, self._deadlines[index] - time.monotonic())):
                     raise TimeoutError(f"no answer in {self._timeout:g} s")
-                answers[index] = pipe.recv()
+                answer = worker.pipe.recv()
             except (EOFError, OSError) as error:
                 self._replace(index, error)
-            else:
-                self._losses[index] = 0
-        for answer in answers.values():
+                continue
+            self._losses[index] = 0
+            if not isinstance(answer, str):
+                count, rest = answer
+                observations = [
+                    # A copy: the next chunk is written over this one.
+                    jax.tree.map(lambda x, i=i: np.array(x[i]), worker.views)
+                    for i in range(count)
+                ]
+                answer = observations, rest
+            answers.append((index, answer))
+        for _, answer in answers:
             if isinstance(answer, str):
                 raise RuntimeError(f"an environment worker failed:\n{answer}")
         return answers
 
     def _replace(self, index: int, error: OSError | EOFError) -> None:
-        process, pipe = self._workers[index]
-        pipe.close()
-        process.kill()
-        process.join()
+        worker = self._workers[index]
+        worker.pipe.close()
+        worker.process.kill()
+        worker.process.join()
         self._losses[index] += 1
         if self._losses[index] >= _LOSSES:
             raise RuntimeError(
-                f"the environment worker {process.name} was lost {_LOSSES} times in a row (exit "
-                f"code {process.exitcode}, {error!r})"
+                f"the environment worker {worker.process.name} was lost {_LOSSES} times in a row "
+                f"(exit code {worker.process.exitcode}, {error!r})"
             ) from error
         self._workers[index] = self._start(index)
         self.restarts += 1
 
     def close(self) -> None:
         """See `Pool`."""
-        for _, pipe in self._workers:
-            pipe.close()
-        for process, _ in self._workers:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
 
 
-def make_pool(factory: Callable[[], gym.Env], size: int, *, timeout: float = 60.0) -> Pool:
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+    views: Observation  # [C, ...] of the memory that it shares
+
+
+_Shapes = list[tuple[str, tuple[int, ...], str, int]]  # name, shape, dtype, bytes of each array
+
+
+def _chunk_shapes(example: Observation, chunk: int) -> _Shapes:
+    """Of the observations of a chunk; the wider type first, so that each is aligned."""
+    named = [("vector", example.vector), ("image", example.image)]
+    return [
+        (name, (chunk, *part.shape), part.dtype.str, chunk * part.nbytes)
+        for name, part in named
+        if part is not None
+    ]
+
+
+def _views(memory: ctypes.Array, shapes: _Shapes) -> Observation:
+    """The shared memory as the observations of a chunk."""
+    parts, start = {}, 0
+    for name, shape, dtype, nbytes in shapes:
+        flat = np.frombuffer(memory, dtype, count=math.prod(shape), offset=start)
+        parts[name] = flat.reshape(shape)
+        start += nbytes
+    return Observation(**parts)
+
+
+def make_pool(
+    factory: Callable[[], gym.Env],
+    size: int,
+    *,
+    example: Observation,
+    chunk: int,
+    last_only: bool = False,
+    timeout: float = 60.0,
+) -> Pool:
     """A pool of ``size`` environments; a single one needs no process of its own."""
-    return LocalPool(factory) if size == 1 else WorkerPool(factory, size, timeout=timeout)
+    if size == 1:
+        return LocalPool(factory, last_only=last_only)
+    return WorkerPool(
+        factory, size, example=example, chunk=chunk, last_only=last_only, timeout=timeout
+    )
 
 
 @contextlib.contextmanager
@@ -226,13 +346,27 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _serve(pipe: Connection, factory: Callable[[], gym.Env]) -> None:
+def _serve(
+    pipe: Connection, memory: ctypes.Array, shapes: _Shapes, make: Callable[[], Stepper]
+) -> None:
     """Answer requests until the other end closes."""
     try:
-        stepper = Stepper(factory)
+        stepper, views = make(), _views(memory, shapes)
+
+        def write(observations: list[Observation]) -> int:
+            for i, observation in enumerate(observations):
+                for name, *_ in shapes:
+                    getattr(views, name)[i] = getattr(observation, name)
+            return len(observations)
+
         while True:
             method, argument = pipe.recv()
-            pipe.send(getattr(stepper, method)(argument))
+            if method == "reset":
+                pipe.send((write([stepper.reset(argument)]), ()))
+            else:
+                steps = stepper.step(argument)
+                rest = steps.rewards, steps.terminated, steps.truncated
+                pipe.send((write(steps.observations), rest))
     except (EOFError, BrokenPipeError):
         pass
     except Exception:  # whatever the environment raised: the parent raises it, with its traceback

@@ -1,0 +1,44 @@
+"""When an episode ends."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+
+class Patience(gym.Wrapper):
+    """Truncates an episode after ``patience`` steps in a row without a positive reward."""
+
+    def __init__(self, env: gym.Env, patience: int):
+        super().__init__(env)
+        self.patience = patience
+        self._unrewarded = 0
+
+    def reset(self, **kwargs):
+        self._unrewarded = 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._unrewarded = 0 if reward > 0 else self._unrewarded + 1
+        return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
+
+
+class ThroughTerminals(gym.Wrapper):
+    """Goes on through terminal states to the time limit, and only then says that there were any.
+
+    This is how the paper's score is taken: every frame counts, those after a finished lap and
+    those outside the playfield (-100 each) included.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self._terminated = False
+
+    def reset(self, **kwargs):
+        self._terminated = False
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._terminated |= terminated
+        return observation, reward, truncated and self._terminated, truncated, info
