@@ -1,7 +1,7 @@
 # make train   train on CarRacing with the preset that suits this machine
 # make test    run the tests
 # make lint    check style
-# make bench   measure the planner, the update and the environment
+# make bench   measure the planner, the update, the environment and whole training
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/planner_hz.py
 	$(BIN)/python benchmarks/update_hz.py
 	$(BIN)/python benchmarks/env_hz.py
+	$(BIN)/python benchmarks/train_throughput.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

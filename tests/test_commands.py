@@ -76,6 +76,24 @@ def test_benchmarks_run_and_write_their_rows(tmp_path, script, options, names):
         assert row["floor_ms"] > 0
 
 
+def test_the_throughput_benchmark_accounts_for_its_time(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = ["strict", "chunk+overlap+device"]
+    done = start(
+        ROOT / "benchmarks" / "train_throughput.py", "--tiny", "--rows", *rows, "--json", path
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(path.read_text())
+    assert [row["name"] for row in data["rows"]] == rows
+    for row in data["rows"]:
+        assert row["steps"] == 60
+        assert row["updates"] == 6
+        assert row["per_hour"] > 0
+        assert row["host_gb"] > 0
+        assert all(0 < share <= 1 for share in row["shares"].values())
+    assert 0.5 < sum(data["rows"][0]["shares"].values()) <= 1
+
+
 def test_the_second_start_of_a_command_takes_its_programs_from_the_cache(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     del environment["JAX_COMPILATION_CACHE_DIR"]

@@ -3,18 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
-from valdi_jax import planner
+from valdi_jax import losses, planner
 from valdi_jax.config import PRESETS
 from valdi_jax.evaluate import evaluate
 from valdi_jax.train import train
 
-# Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks half a second ahead, which
-# turned out to be enough to swing up by: the test does not tell whether values are bootstrapped.
+# Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks a tenth of a second ahead,
+# so that swinging up, which takes ten times as long, has to come from the values.
 CONFIG = PRESETS["pendulum"].replace(
     model={
+        "horizon": 1,
+        "chunk": 2,
         "latent_dim": 16,
         "encoder_width": 64,
         "transformer_width": 64,
@@ -53,6 +56,17 @@ def test_an_agent_learns_to_swing_a_pendulum_up(tmp_path, dynamics):
     assert score(tmp_path, model={"dynamics": dynamics}) > -400
 
 
+def without_bootstrap(monkeypatch):
+    def targets(rewards, next_values, terminals, *, discount):
+        return losses.chunk_rewards(rewards, discount=discount)
+
+    monkeypatch.setattr(losses, "td_targets", targets)
+
+
+def without_moving_average(monkeypatch):
+    monkeypatch.setattr(optax, "incremental_update", lambda new, old, rate: old)
+
+
 def with_a_blind_planner(monkeypatch):
     def scores(params, z, actions, noise, **settings):
         return jnp.zeros(actions.shape[:-2])
@@ -62,11 +76,14 @@ def with_a_blind_planner(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
-def test_nothing_is_learnt_with_a_blind_planner(tmp_path, monkeypatch, dynamics):
-    with_a_blind_planner(monkeypatch)
+@pytest.mark.parametrize(
+    "broken", [without_bootstrap, without_moving_average, with_a_blind_planner]
+)
+def test_what_is_broken_does_not_learn(tmp_path, monkeypatch, broken, dynamics):
+    broken(monkeypatch)
     jax.clear_caches()  # of what was compiled whole
     try:
-        assert score(tmp_path, model={"dynamics": dynamics}) < -500
+        assert score(tmp_path, model={"dynamics": dynamics}) < -600
     finally:
         monkeypatch.undo()
         jax.clear_caches()

@@ -127,6 +127,20 @@ def test_a_plan_has_an_action_for_every_environment_step(agent):
     assert np.all(np.abs(answer.actions) <= 1)
 
 
+def test_a_plan_in_bfloat16_is_that_of_float32_but_for_rounding(agent):
+    config, params, _, first = agent
+    low = config.replace(planner={"precision": "bfloat16", "iterations": 1})
+    one, two = (
+        plan(params, first, jax.random.key(0), config=c)
+        for c in (config.replace(planner={"iterations": 1}), low)
+    )
+    assert two.actions.dtype == two.predicted_return.dtype == np.float32
+    assert float(one.predicted_return) != float(two.predicted_return)
+    np.testing.assert_allclose(one.predicted_return, two.predicted_return, rtol=0.05, atol=0.02)
+    text = str(jax.make_jaxpr(lambda: plan(params, first, jax.random.key(0), config=low))())
+    assert "bf16" in text
+
+
 def test_exploration_noise_is_added_before_tanh(agent):
     config, params, _, first = agent
     key = jax.random.key(2)

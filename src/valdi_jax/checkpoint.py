@@ -146,15 +146,28 @@ def save(
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
         _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
+        _flush(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # what a full disk is least in need of
         raise
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
+    _flush(final.parent, recursive=False)
     for old in [replaced, *checkpoints(run_dir)[:-keep]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _flush(directory: Path, *, recursive: bool = True) -> None:
+    """Have the system write what is in a directory, lest a power cut take what was said to be."""
+    inside = directory.rglob("*") if recursive else ()
+    for path in [*inside, directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_params(run_dir: Path, params: Params) -> Path:
@@ -390,6 +403,8 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
                 np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
                 member = zipfile.ZipInfo(f"{name}.npy")
                 file.writestr(member, buffer.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
     digest = file_digest(partial)
     partial.replace(path)
     return digest

@@ -98,6 +98,8 @@ class PlannerConfig:
     """Answer with the best sequence seen over all iterations, or with the final elite mean."""
     shared_noise: bool = False
     """Start every candidate of a plan from one noise draw, rather than each from its own."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that candidates are imagined and scored in; the encoder stays in float32."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ def imagine(
         return rollout(params, z, actions, config=config)
 
     def velocity_fn(noised, timestep):
-        return velocity(params, z, actions, noised, timestep, config=config)
+        # The sampler keeps its own precision, whatever the network computes in.
+        answer = velocity(params, z, actions, noised.astype(z.dtype), timestep, config=config)
+        return answer.astype(noised.dtype)
 
     return diffusion.ddim(velocity_fn, noise, steps=steps, timesteps=config.diffusion_timesteps)
 

@@ -83,12 +83,12 @@ def predicted_return(
     Args:
         params: all networks.
         z: [D] or [..., D].
-        actions: [..., H, C * A].
+        actions: [..., H, C * A]; the networks compute in their dtype.
         noise: [..., H, D] start of the diffusion.
         config: the run's configuration.
         steps: DDIM steps.
     """
-    z = jnp.broadcast_to(z, (*actions.shape[:-2], z.shape[-1]))
+    z = jnp.broadcast_to(z, (*actions.shape[:-2], z.shape[-1])).astype(actions.dtype)
     imagined = model.imagine(
         params["dynamics"], z, actions, noise, config=config.model, steps=steps
     )
@@ -99,6 +99,7 @@ def trajectory_return(
     params: Params, z: Array, imagined: Array, actions: Array, *, config: Config
 ) -> Array:
     """Score [...] of imagined latents [..., H, D] after z [..., D] (equation 10)."""
+    imagined = imagined.astype(actions.dtype)
     states = jnp.concatenate([z[..., None, :], imagined[..., :-1, :]], axis=-2)
     rewards = model.reward(params, states, actions, config=config)
     discount = config.learn.discount**config.model.chunk
@@ -132,16 +133,19 @@ def plan(
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
     z = model.encode(params, obs, config=config)
+    scoring = {name: params[name] for name in ("dynamics", "reward", "value")}
+    scoring = jax.tree.map(lambda x: x.astype(settings.precision), scoring)
 
     def score(samples: Array, key: Array) -> Array:
         actions = jnp.tanh(samples).reshape(samples.shape[0], config.model.horizon, -1)
+        actions = actions.astype(settings.precision)
         if settings.shared_noise:
             noise = jax.random.normal(shared_key, noise_shape)
             noise = jnp.broadcast_to(noise, (samples.shape[0], *noise_shape))
         else:
             noise = jax.random.normal(key, (samples.shape[0], *noise_shape))
         return predicted_return(
-            params, z, actions, noise, config=config, steps=settings.diffusion_steps
+            scoring, z, actions, noise, config=config, steps=settings.diffusion_steps
         )
 
     found = cem(
