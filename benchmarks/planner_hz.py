@@ -1,12 +1,15 @@
 """Plans a second, beside the time that the matrix products alone take.
 
 python benchmarks/planner_hz.py --json planner.json
+python benchmarks/planner_hz.py --batch 16 --precision bfloat16
+
+Of a batch, the times are of a call that plans for all its observations at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import numpy as np
 
 from valdi_jax import PRESETS, init_params, plan
 from valdi_jax.config import Config
+from valdi_jax.types import Array, Observation, Params
 
 
 def plan_products(config: Config) -> measure.Products:
@@ -27,33 +31,46 @@ def plan_products(config: Config) -> measure.Products:
     return measure.scaled(one, planner.iterations)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def plan_all(params: Params, observations: Observation, keys: Array, *, config: Config) -> Array:
+    """Actions [B, H * C, A] for a batch of observations; one is planned for by itself."""
+    if keys.shape[0] == 1:
+        one = jax.tree.map(lambda x: x[0], observations)
+        return plan(params, one, keys[0], config=config).actions[None]
+    return jax.vmap(lambda o, k: plan(params, o, k, config=config).actions)(observations, keys)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes to plan with")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured for each row")
+    parser.add_argument("--batch", type=int, default=1, help="observations planned for at once")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
 
-    rng, key = np.random.default_rng(0), jax.random.key(1)
+    rng = np.random.default_rng(0)
+    keys = jax.random.split(jax.random.key(1), arguments.batch)
     rows = []
-    base = PRESETS[arguments.preset]
+    base = PRESETS[arguments.preset].replace(planner={"precision": arguments.precision})
     for name in ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"):
         dynamics, _, steps = name.partition("/")
-        config = dataclasses.replace(
-            base,
-            model=dataclasses.replace(base.model, dynamics=dynamics),
-            planner=dataclasses.replace(base.planner, diffusion_steps=int(steps or 1)),
+        config = base.replace(
+            model={"dynamics": dynamics}, planner={"diffusion_steps": int(steps or 1)}
         )
-        # Each call takes an observation from the host and puts the actions back there.
-        observations = [measure.example_observation(rng) for _ in range(16)]
-        params = init_params(jax.random.key(0), observations[0], config=config)
+        # Each call takes observations from the host and puts the actions back there.
+        observations = [measure.example_observation(rng, (arguments.batch,)) for _ in range(16)]
+        example = measure.example_observation(rng)
+        params = init_params(jax.random.key(0), example, config=config)
         number = itertools.count()
 
         def call(params=params, observations=observations, number=number, config=config):
             observation = observations[next(number) % len(observations)]
-            return np.asarray(plan(params, observation, key, config=config).actions)
+            return np.asarray(plan_all(params, observation, keys, config=config))
 
-        rows.append(measure.row(name, call, plan_products(config), arguments.seconds))
+        products = measure.scaled(plan_products(config), arguments.batch)
+        row = measure.row(name, call, products, arguments.seconds)
+        rows.append(row | {"per_second": arguments.batch * row["per_second"]})
     measure.report(measure.machine_name(), rows, arguments.json)
 
 
