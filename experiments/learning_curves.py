@@ -1,4 +1,4 @@
-"""Training returns of several runs side by side (the paper's Figure 4, left).
+"""Training returns of several runs side by side (the paper's Figure 4, left), or another metric.
 
 python experiments/learning_curves.py diffusion=runs/a,runs/b,runs/c mlp=runs/d --out curves.png
 
@@ -24,42 +24,48 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
-def read_run(directory: Path, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What a run's episodes are drawn against, and their smoothed returns."""
-    records = read_jsonl(directory / "metrics.jsonl")
+def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What a run's episodes are drawn against, and their smoothed metric."""
+    records = [r for r in read_jsonl(directory / "metrics.jsonl") if metric in r]
     if not records:
-        raise SystemExit(f"{directory} holds no episodes")
+        raise SystemExit(f"{directory} holds no episodes with {metric}")
     axes = {
         "environment steps": np.array([record["total/env_steps"] for record in records]),
         "minutes": np.array([record["time/seconds"] for record in records]) / 60,
     }
-    returns = np.array([record["episode/return"] for record in records])
-    return axes, moving_average(returns, window)
+    values = np.array([record[metric] for record in records])
+    return axes, moving_average(values, window)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN,...", help="runs to compare")
+    parser.add_argument("--metric", default="episode/return", help="of metrics.jsonl")
     parser.add_argument("--window", type=int, default=20, help="episodes of the moving average")
-    parser.add_argument("--level", type=float, help="return to draw a line at")
+    parser.add_argument("--level", type=float, help="value to draw a line at")
     parser.add_argument("--out", type=Path, default=Path("learning_curves.png"))
     arguments = parser.parse_args()
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for argument in arguments.runs:
         label, _, directories = argument.partition("=")
-        runs = [read_run(Path(name), arguments.window) for name in directories.split(",")]
+        runs = [
+            read_run(Path(name), arguments.metric, arguments.window)
+            for name in directories.split(",")
+        ]
         for panel, name in zip(panels, ("environment steps", "minutes"), strict=True):
             # A common axis, as far as every one of the runs has come.
             start = max(axes[name][0] for axes, _ in runs)
             x = np.linspace(start, min(axes[name][-1] for axes, _ in runs), 200)
-            curves = np.stack([np.interp(x, axes[name], returns) for axes, returns in runs])
+            curves = np.stack([np.interp(x, axes[name], values) for axes, values in runs])
             (line,) = panel.plot(x, curves.mean(axis=0), label=label)
             if len(runs) > 1:
                 low, high = curves.min(axis=0), curves.max(axis=0)
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             panel.set_xlabel(name)
-    panels[0].set_ylabel(f"training return, mean of {arguments.window}")
+    named = {"episode/return": "training return", "memory/host_gb": "resident memory, GB"}
+    label = named.get(arguments.metric, arguments.metric)
+    panels[0].set_ylabel(label + (f", mean of {arguments.window}" if arguments.window > 1 else ""))
     for panel in panels:
         if arguments.level is not None:
             panel.axhline(arguments.level, color="gray", linewidth=0.8, linestyle=":")

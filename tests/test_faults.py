@@ -35,9 +35,9 @@ def content(directory):
 
 
 def metrics(directory):
-    """Everything that was logged but times."""
+    """Everything that was logged but times and memory."""
     return [
-        {name: value for name, value in record.items() if not name.startswith("time/")}
+        {name: value for name, value in record.items() if not name.startswith(("time/", "memory/"))}
         for record in read_jsonl(directory / "metrics.jsonl")
     ]
 

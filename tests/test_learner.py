@@ -34,7 +34,7 @@ def run(directory, episodes, config, resume=False):
 
 def metrics(directory):
     return [
-        {name: value for name, value in record.items() if not name.startswith("time/")}
+        {name: value for name, value in record.items() if not name.startswith(("time/", "memory/"))}
         for record in read_jsonl(directory / "metrics.jsonl")
     ]
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -311,6 +312,7 @@ class _Run:
                 "time/env_ms": 1e3 * float(np.median(result.env_seconds)),
                 "time/env_s": float(np.sum(result.env_seconds)),
                 "time/seconds": self.progress.seconds,
+                **_memory(),
                 "total/env_steps": self.progress.env_steps,
                 "total/updates": self.learner.updates,
                 **metrics,
@@ -438,6 +440,20 @@ class _Run:
         self.display.say(
             f"note: a decision costs {seconds[-1]:.1f} s on this CPU; --preset cpu is sized for it"
         )
+
+
+def _memory() -> dict[str, float]:
+    """Memory that this process holds, and that it has held at most on the device, in GB."""
+    used = {}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        used["memory/host_gb"] = (
+            int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+        )
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        used["memory/device_gb"] = stats["peak_bytes_in_use"] / 1e9
+    return used
 
 
 def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
