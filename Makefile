@@ -21,7 +21,7 @@ train: $(READY)
 	$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

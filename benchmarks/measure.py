@@ -48,15 +48,17 @@ def compile_seconds(call: Callable[[], object]) -> float:
 
 
 @functools.cache
-def product_seconds(rows: int, inner: int, columns: int, seconds: float) -> float:
-    """Median seconds of one float32 product [rows, inner] x [inner, columns] on this machine.
+def product_seconds(
+    rows: int, inner: int, columns: int, seconds: float, dtype: str = "float32"
+) -> float:
+    """Median seconds of one product [rows, inner] x [inner, columns] on this machine.
 
     Products of this shape alternate with their transposes in one compiled loop, so that neither
     dispatch nor anything elementwise is in the figure. It is measured for about ``seconds``.
     """
-    there = jax.random.normal(jax.random.key(0), (inner, columns)) * inner**-0.5
-    back = jax.random.normal(jax.random.key(1), (columns, inner)) * columns**-0.5
-    x = jax.random.normal(jax.random.key(2), (rows, inner))
+    there = jax.random.normal(jax.random.key(0), (inner, columns), dtype) * inner**-0.5
+    back = jax.random.normal(jax.random.key(1), (columns, inner), dtype) * columns**-0.5
+    x = jax.random.normal(jax.random.key(2), (rows, inner), dtype)
     # Enough products for a few milliseconds at the least.
     pairs = max(1, min(2000, int(5e9 / (4 * rows * inner * columns))))
 
@@ -68,9 +70,9 @@ def product_seconds(rows: int, inner: int, columns: int, seconds: float) -> floa
     return float(np.median(time_calls(lambda: run(x), seconds)) / (2 * pairs))
 
 
-def floor_seconds(products: Products, seconds: float = 0.3) -> float:
+def floor_seconds(products: Products, seconds: float = 0.3, dtype: str = "float32") -> float:
     """Seconds that matrix products take by themselves, each shape measured for ``seconds``."""
-    return sum(count * product_seconds(*shape, seconds) for shape, count in products.items())
+    return sum(n * product_seconds(*shape, seconds, dtype) for shape, n in products.items())
 
 
 def mlp_products(rows: int, widths: list[int]) -> Products:
@@ -134,7 +136,13 @@ def report(machine: str, rows: list[dict], path: Path | None) -> None:
         path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
-def row(name: str, call: Callable[[], object], products: Products, seconds: float) -> dict:
+def row(
+    name: str,
+    call: Callable[[], object],
+    products: Products,
+    seconds: float,
+    dtype: str = "float32",
+) -> dict:
     """Measure one line of the report for about ``seconds``; compile time is printed apart."""
     compiling = compile_seconds(call)
     times = time_calls(call, seconds)
@@ -144,7 +152,7 @@ def row(name: str, call: Callable[[], object], products: Products, seconds: floa
         "per_second": float(1 / times.mean()),
         "median_ms": float(1e3 * np.median(times)),
         "p99_ms": float(1e3 * np.percentile(times, 99)),
-        "floor_ms": 1e3 * floor_seconds(products, min(seconds, 0.3)),
+        "floor_ms": 1e3 * floor_seconds(products, min(seconds, 0.3), dtype),
     }
 
 

@@ -22,12 +22,16 @@ from valdi_jax.config import Config
 from valdi_jax.types import Array, Observation, Params
 
 
-def plan_products(config: Config) -> measure.Products:
-    """Matrix products of one plan: the dynamics and the heads, over all CEM iterations."""
+def plan_products(config: Config, batch: int) -> measure.Products:
+    """Matrix products of a batch of plans: dynamics and heads, over all CEM iterations.
+
+    The weights are the same for all observations, so that a batch is as many rows more.
+    """
     model, planner = config.model, config.planner
     steps = 1 if model.dynamics == "mlp" else planner.diffusion_steps
-    one = measure.scaled(measure.dynamics_products(model, planner.candidates), steps)
-    one += measure.heads_products(model, planner.candidates * model.horizon, planner.candidates)
+    candidates = batch * planner.candidates
+    one = measure.scaled(measure.dynamics_products(model, candidates), steps)
+    one += measure.heads_products(model, candidates * model.horizon, candidates)
     return measure.scaled(one, planner.iterations)
 
 
@@ -68,8 +72,8 @@ def main() -> None:
             observation = observations[next(number) % len(observations)]
             return np.asarray(plan_all(params, observation, keys, config=config))
 
-        products = measure.scaled(plan_products(config), arguments.batch)
-        row = measure.row(name, call, products, arguments.seconds)
+        products = plan_products(config, arguments.batch)
+        row = measure.row(name, call, products, arguments.seconds, arguments.precision)
         rows.append(row | {"per_second": arguments.batch * row["per_second"]})
     measure.report(measure.machine_name(), rows, arguments.json)
 

@@ -1,7 +1,9 @@
 """Episodes an hour of training, end to end, and the share of each stage.
 
-Runs of `valdi_jax.train` in a directory that is deleted afterwards, of full episodes: no patience,
-no evaluation. The seed episodes fill the replay and compile everything; the rest is measured.
+Runs of `valdi_jax.train` in a directory that is deleted afterwards, without patience or evaluation.
+The first rounds fill the replay and compile everything; the rest is measured. Episodes may be cut
+short (--steps): what is reported is for full ones, of as many steps as the preset's. Where driving
+and learning overlap, so do their shares.
 
 python benchmarks/train_throughput.py --preset paper --json throughput.json
 """
@@ -10,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import measure
+import numpy as np
 from rich.console import Console
 
 from valdi_jax import PRESETS
@@ -44,11 +46,13 @@ def variants(base: Config, names: list[str]) -> Iterator[tuple[str, Config]]:
         yield name, config
 
 
-def measure_run(name: str, config: Config, rounds: int) -> dict:
+def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
     """Train for some rounds after those that warm up; the figures are of these."""
-    warm_up = 2 * config.collect.num_envs  # the second round compiles the update
+    full = config.env.max_steps
+    # The update compiles in the second round, or in the third where it overlaps with driving.
+    warm_up = (3 if config.collect.overlap else 2) * config.collect.num_envs
     config = config.replace(
-        env={"patience": 0},
+        env={"patience": 0, "max_steps": min(steps, full)},
         collect={
             "episodes": warm_up + rounds * config.collect.num_envs,
             "seed_episodes": config.collect.num_envs,
@@ -62,34 +66,43 @@ def measure_run(name: str, config: Config, rounds: int) -> dict:
     before, after = records[warm_up - 1], records[-1]
     seconds = after["time/seconds"] - before["time/seconds"]
     measured = records[warm_up:]
+    # The environments of a group share its time, and one that ends early waits for the longest.
+    rounds_of = [
+        measured[first : first + config.collect.num_envs]
+        for first in range(0, len(measured), config.collect.num_envs)
+    ]
     shares = {}
     for stage in STAGES:
-        # The episodes of a round share its time; one that ends early waits for the longest.
-        total = 0.0
-        for first in range(0, len(measured), config.collect.num_envs):
-            some = measured[first : first + config.collect.num_envs]
-            total += max(record.get(f"time/{stage}_s", 0.0) for record in some)
-        shares[stage] = total / seconds
-    per_hour = 3600 * len(measured) / seconds
+        groups = 2 if config.collect.overlap and stage in ("plan", "env") else 1
+        shares[stage] = (
+            sum(
+                max(record.get(f"time/{stage}_s", 0.0) for record in part)
+                for some in rounds_of
+                for part in np.array_split(some, min(groups, len(some)))
+            )
+            / seconds
+        )
+    driven = sum(record["episode/length"] for record in measured)
+    per_hour = 3600 * driven / full / seconds
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "name": name,
         "per_hour": per_hour,
-        "episodes": len(measured),
-        "steps": sum(record["episode/length"] for record in measured),
+        "steps": driven,
         "updates": after["total/updates"] - before["total/updates"],
         "shares": shares,
-        "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "device_gb": stats.get("peak_bytes_in_use", 0) / 1e9,
+        "host_gb": max(record["memory/host_gb"] for record in measured),
+        "device_gb": stats.get("peak_bytes_in_use", 0) / 1e9,  # of all rows so far
         "paper_hours": PAPER_EPISODES / per_hour,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes to train with")
+    parser.add_argument("--preset", choices=["paper", "cpu", "tiny"], default="paper")
     parser.add_argument("--tiny", action="store_true", help="the preset tiny and one short round")
     parser.add_argument("--rounds", type=int, default=2, help="measured for each row")
+    parser.add_argument("--steps", type=int, default=150, help="of an episode, at most")
     parser.add_argument("--num-envs", type=int, default=1, help="environments in parallel")
     parser.add_argument(
         "--rows", nargs="+", default=["strict", "mlp"], metavar="ROW",
@@ -103,8 +116,8 @@ def main() -> None:
     rounds = 1 if arguments.tiny else arguments.rounds
     rows = []
     for name, config in variants(base, arguments.rows):
-        rows.append(measure_run(name, config, rounds))
-        print(f"{name}: {rows[-1]['episodes']} episodes", flush=True)
+        rows.append(measure_run(name, config, rounds, arguments.steps))
+        print(f"{name}: {rows[-1]['steps']} steps", flush=True)
 
     machine = measure.machine_name()
     print(f"\n{machine}, {arguments.num_envs} environments")

@@ -20,7 +20,11 @@ PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_configure(config):
-    """Keep what the tests compile for the next time, and for the processes that they start."""
+    """Keep what the tests compile for the next time, and for the processes that they start.
+
+    These share a GPU, where there is one.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     folder = str(config.cache.mkdir("compilations"))
     for name, value in (
         ("jax_compilation_cache_dir", folder),

@@ -157,3 +157,9 @@ def test_an_episode_lost_with_its_environment_is_driven_again(params, losses):
     for one, other in zip(driven, undisturbed, strict=True):
         np.testing.assert_array_equal(one.episode.rewards, other.episode.rewards)
         np.testing.assert_allclose(one.episode.actions, other.episode.actions, atol=1e-4)
+
+
+def test_an_episode_that_always_loses_its_environment_is_given_up(params):
+    pool = Losing(Counting, Counting, steps=range(100))
+    with pytest.raises(RuntimeError, match="the episode with the seed 1 lost its environment 5"):
+        drive(params, pool, jobs(1, 2), config=CONFIG)

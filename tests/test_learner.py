@@ -134,6 +134,17 @@ def test_a_store_needs_to_know_how_long_episodes_are(tmp_path):
         learner.add(random_episode(0, length=31))
 
 
+def test_a_store_that_was_not_asked_for_gives_way_to_longer_episodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "place", lambda example, config: "device")
+    said = []
+    learner = make_learner(CONFIG, tmp_path, said)
+    learner.add(random_episode(0, length=31))
+    assert learner.placement == "host"
+    assert "31 steps" in said[0]
+    learner.learn(1, [])
+    assert learner.updates == 1
+
+
 OVERLAP = CONFIG.replace(collect={"overlap": True}, eval={"every": 0})
 
 

@@ -86,6 +86,15 @@ def test_a_resumed_run_equals_a_straight_one(straight, tmp_path):
     assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
 
 
+def test_a_resumed_run_goes_through_its_replay_in_the_same_order(tmp_path):
+    # Of 13 episodes with ten places: 3 .. 12, of which text would put 10 first.
+    config = CONFIG.replace(eval={"every": 0}, replay={"capacity": 10})
+    straight, _ = run(tmp_path / "straight", 16, config=config)
+    run(tmp_path / "run", 13, config=config)
+    resumed, _ = run(tmp_path / "run", 16, resume=True, config=config)
+    chex.assert_trees_all_equal(resumed.params, straight.params)
+
+
 # Resets before the interrupt, two of them in each evaluation, and the episodes saved by then.
 @pytest.mark.parametrize(("interrupted_at", "episodes"), [(1, 0), (4, 2), (6, 3), (8, 4)])
 def test_an_interrupted_run_is_saved_and_loses_nothing(

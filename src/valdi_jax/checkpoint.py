@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import io
 import json
@@ -145,6 +146,8 @@ def save(
         _save_tree(partial / "params", state.params)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
+        if replay:
+            _flush(run_dir / "replay", recursive=False)
         _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
         _flush(partial)
     except OSError:
@@ -166,6 +169,9 @@ def _flush(directory: Path, *, recursive: bool = True) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems do not do it for directories
+                raise
         finally:
             os.close(descriptor)
 
@@ -215,8 +221,9 @@ def verify_replay(run_dir: Path, checkpoint: Path) -> dict[int, str]:
 
 
 def replay_digests(checkpoint: Path) -> dict[int, str]:
-    """Checksums of the episodes in the replay of a checkpoint that is whole."""
-    return {int(number): digest for number, digest in read_manifest(checkpoint)["replay"].items()}
+    """Checksums of the episodes in the replay of a checkpoint that is whole, oldest first."""
+    replay = read_manifest(checkpoint)["replay"]  # its keys are text, in the order of text
+    return dict(sorted((int(number), digest) for number, digest in replay.items()))
 
 
 def recover(run_dir: Path) -> tuple[Path | None, dict[int, str], list[str]]:

@@ -97,19 +97,21 @@ def cache_compilations() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return  # JAX itself reads it
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    info = Path("/proc/cpuinfo")
-    flags = (
-        re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
-    )
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        info = Path("/proc/cpuinfo")
+        flags = info.exists() and re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
+    except (OSError, RuntimeError):  # no home, or one that cannot be looked into
+        return
     kind = flags[0] if flags else platform.processor() + platform.machine()
     digest = hashlib.sha256(f"{jax.version.__version__} {kind}".encode()).hexdigest()[:16]
     jax.config.update("jax_compilation_cache_dir", str(base / "valdi-jax" / digest))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def compile_cost() -> tuple[float, int]:
-    """Wall seconds that this process has spent compiling, and programs that the cache held."""
+    """Seconds that this process has spent compiling, and programs that the cache held."""
     return sum(_compile_seconds), len(_cache_hits)
 
 

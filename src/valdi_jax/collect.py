@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import jax
@@ -16,6 +17,8 @@ from valdi_jax.envs.workers import Pool
 from valdi_jax.planner import plan
 from valdi_jax.replay import Episode
 from valdi_jax.types import Array, Observation, Params
+
+_LOSSES = 5  # of its environment that an episode may suffer, before it is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +95,8 @@ def drive(
     """Drive an episode for every job, the planner batched over the environments of the pool.
 
     An environment that is done takes the next job. With none left it idles while the others
-    finish; its place in the planner's batch is computed in vain, so that nothing compiles twice. An
-    episode whose environment is lost on the way is driven again from its start.
+    finish; its place in the planner's batch is computed in vain, so that no batch of another size
+    compiles. An episode whose environment is lost on the way is driven again from its start.
 
     Args:
         params: parameters to plan with.
@@ -105,15 +108,27 @@ def drive(
         on_decision: called before every planner call; what it raises ends the drive.
 
     Returns: the episodes in the order of the jobs.
+
+    Raises:
+        RuntimeError: if an episode has lost its environment too often: it would again.
     """
     jobs = list(jobs)
     waiting = list(enumerate(jobs))[::-1]
     finished: dict[int, Driven] = {}
+    losses: Counter[int] = Counter()  # of an environment, by the job
+    width = -(-pool.size // groups)
     parts = [part.tolist() for part in np.array_split(np.arange(pool.size), groups) if len(part)]
     under_way: list[dict[int, _Slot]] = [{} for _ in parts]
     while waiting or any(under_way):
         for part, slots in zip(parts, under_way, strict=True):
-            _receive(pool, slots, finished, waiting)
+            for lost in _receive(pool, slots, finished):
+                losses[lost.number] += 1
+                if losses[lost.number] == _LOSSES:
+                    raise RuntimeError(
+                        f"the episode with the seed {lost.job.seed} lost its environment "
+                        f"{_LOSSES} times: the worker died or did not answer"
+                    )
+                waiting.append((lost.number, lost.job))
             free = [index for index in part if index not in slots]
             starting = {index: waiting.pop() for index in free if waiting}
             firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
@@ -128,7 +143,8 @@ def drive(
             on_decision()
             start = time.perf_counter()
             idle = next(iter(slots))
-            batch = [slots.get(index, slots[idle]) for index in part]
+            places = part + [idle] * (width - len(part))
+            batch = [slots.get(index, slots[idle]) for index in places]
             actions, predicted = plan_batch(
                 params,
                 jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
@@ -151,16 +167,15 @@ def drive(
     return [finished[number] for number in range(len(jobs))]
 
 
-def _receive(
-    pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven], waiting: list
-) -> None:
-    """Take in what the chunks led to that these environments were sent."""
+def _receive(pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven]) -> list[_Slot]:
+    """Take in what the chunks led to that these environments were sent.
+
+    Returns: those whose environment was lost.
+    """
     start = time.perf_counter()
     answers = pool.receive(list(slots))
     seconds = time.perf_counter() - start
-    for index in slots.keys() - answers.keys():  # lost with its environment: driven again
-        slot = slots.pop(index)
-        waiting.append((slot.number, slot.job))
+    lost = [slots.pop(index) for index in sorted(slots.keys() - answers.keys())]
     for index, steps in answers.items():
         slot = slots[index]
         slot.observations += steps.observations
@@ -170,6 +185,7 @@ def _receive(
         if steps.terminated or steps.truncated:
             finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
             del slots[index]
+    return lost
 
 
 @dataclasses.dataclass

@@ -180,7 +180,8 @@ class ReplayConfig:
     """Episodes kept; the oldest goes first."""
     placement: Literal["auto", "device", "host"] = "auto"
     """Where training segments are gathered: from a copy of the episodes on the device, several
-    updates in one call, or on the host. auto: on an accelerator, if they fit."""
+    updates in one call, or on the host. auto: on an accelerator, if they fit and --env.max-steps
+    says how long they can be."""
 
 
 @dataclass(frozen=True)

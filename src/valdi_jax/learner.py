@@ -78,8 +78,15 @@ class Learner:
     def restore(self, episode: Episode) -> None:
         """An episode that the agent had before it was saved."""
         slot = self.replay.add(episode)
-        if self._store is not None:
+        if self._store is None:
+            return
+        try:
             self._store = store_episode(self._store, slot, episode)
+        except UsageError as error:  # a factory's environment may have a limit of its own
+            if self._config.replay.placement == "device":
+                raise
+            self._say(f"note: {error}; segments are gathered on the host")
+            self._store, self.placement = None, "host"
 
     def learn(
         self, due: int, metrics: list[dict[str, float]], check: Callable[[], None] = lambda: None

@@ -285,7 +285,9 @@ class _Run:
             if over.is_set():
                 raise StoppedError("learning has stopped")
 
-        params = jax.tree.map(jnp.copy, self.learner.state.params)  # an update donates its own
+        # A copy, as an update donates its own; on one device, though updates may be on several.
+        params = jax.tree.map(jnp.copy, self.learner.state.params)
+        params = jax.device_put(params, jax.local_devices()[0])
         driving = self.executor.submit(self.drive, params, numbers, noise_std, check)
         try:
             self.learn(metrics)
@@ -298,7 +300,7 @@ class _Run:
     def report(
         self, numbers: Sequence[int], driven: Sequence[Driven], metrics: dict[str, float]
     ) -> None:
-        """Log the episodes of a round with the metrics of the learning that followed."""
+        """Log the episodes of a round with the metrics of the learning beside or after it."""
         for number, result in zip(numbers, driven, strict=True):
             record = {
                 "episode": number,

@@ -350,6 +350,8 @@ def _serve(
     pipe: Connection, memory: ctypes.Array, shapes: _Shapes, make: Callable[[], Stepper]
 ) -> None:
     """Answer requests until the other end closes."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # where the parent could not see to it
+        signal.signal(signum, signal.SIG_IGN)
     try:
         stepper, views = make(), _views(memory, shapes)
 
@@ -367,7 +369,8 @@ def _serve(
                 steps = stepper.step(argument)
                 rest = steps.rewards, steps.terminated, steps.truncated
                 pipe.send((write(steps.observations), rest))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass
     except Exception:  # whatever the environment raised: the parent raises it, with its traceback
-        pipe.send(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            pipe.send(traceback.format_exc())
