@@ -21,6 +21,8 @@ from valdi_jax import PRESETS, init_params, plan
 from valdi_jax.config import Config
 from valdi_jax.types import Array, Observation, Params
 
+ROWS = ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp")  # model / DDIM steps
+
 
 def plan_products(config: Config, batch: int) -> measure.Products:
     """Matrix products of a batch of plans: dynamics and heads, over all CEM iterations.
@@ -47,6 +49,7 @@ def plan_all(params: Params, observations: Observation, keys: Array, *, config: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes to plan with")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured for each row")
     parser.add_argument("--batch", type=int, default=1, help="observations planned for at once")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -57,7 +60,7 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(1), arguments.batch)
     rows = []
     base = PRESETS[arguments.preset].replace(planner={"precision": arguments.precision})
-    for name in ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp"):
+    for name in arguments.rows:
         dynamics, _, steps = name.partition("/")
         config = base.replace(
             model={"dynamics": dynamics}, planner={"diffusion_steps": int(steps or 1)}

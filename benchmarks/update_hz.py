@@ -6,7 +6,6 @@ python benchmarks/update_hz.py --json update.json
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import numpy as np
 from valdi_jax import PRESETS, Batch, init_state, update
 from valdi_jax.config import Config
 from valdi_jax.encoder import convolutions
+
+ROWS = ("diffusion", "diffusion/ema", "mlp", "mlp/ema")  # ema: the encoder of the TD target
 
 
 def encoder_products(config: Config, images: int) -> measure.Products:
@@ -64,6 +65,7 @@ def random_batch(rng: np.random.Generator, config: Config) -> Batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="sizes to update with")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured for each row")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
@@ -71,24 +73,20 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows = []
     base = PRESETS[arguments.preset]
-    for dynamics in ("diffusion", "mlp"):
-        for encoder in ("online", "ema"):
-            config = dataclasses.replace(
-                base,
-                model=dataclasses.replace(base.model, dynamics=dynamics),
-                learn=dataclasses.replace(base.learn, td_encoder=encoder),
-            )
-            batch = random_batch(rng, config)
-            example = measure.example_observation(rng)
-            holder = [init_state(jax.random.key(0), example, config=config)]
+    for name in arguments.rows:
+        dynamics, _, encoder = name.partition("/")
+        config = base.replace(
+            model={"dynamics": dynamics}, learn={"td_encoder": encoder or "online"}
+        )
+        batch = random_batch(rng, config)
+        example = measure.example_observation(rng)
+        holder = [init_state(jax.random.key(0), example, config=config)]
 
-            def call(holder=holder, batch=batch, config=config):
-                holder[0], metrics = update(holder[0], batch, config=config)
-                return metrics
+        def call(holder=holder, batch=batch, config=config):
+            holder[0], metrics = update(holder[0], batch, config=config)
+            return metrics
 
-            # The second row of each model computes the TD target with the EMA encoder.
-            name = dynamics if encoder == "online" else f"{dynamics}/ema"
-            rows.append(measure.row(name, call, update_products(config), arguments.seconds))
+        rows.append(measure.row(name, call, update_products(config), arguments.seconds))
     measure.report(measure.machine_name(), rows, arguments.json)
 
 

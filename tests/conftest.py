@@ -20,18 +20,8 @@ PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_configure(config):
-    """Keep what the tests compile for the next time, and for the processes that they start.
-
-    These share a GPU, where there is one.
-    """
+    """Let the tests, two at a time, and the processes that they start share a GPU."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    folder = str(config.cache.mkdir("compilations"))
-    for name, value in (
-        ("jax_compilation_cache_dir", folder),
-        ("jax_persistent_cache_min_compile_time_secs", 0.3),
-    ):
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
 
 
 def reference_tensors(dynamics: str, prefix: str = "") -> dict[str, np.ndarray]:

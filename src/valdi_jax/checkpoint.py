@@ -146,8 +146,6 @@ def save(
         _save_tree(partial / "params", state.params)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
-        if replay:
-            _flush(run_dir / "replay", recursive=False)
         _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
         _flush(partial)
     except OSError:
@@ -378,7 +376,9 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
         "image": episode.observations.image,
         "vector": episode.observations.vector,
     }
-    return _write_arrays(path, arrays)
+    digest = _write_arrays(path, arrays)
+    _flush(path.parent, recursive=False)
+    return digest
 
 
 def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:

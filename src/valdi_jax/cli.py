@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
 import os
-import platform
 import re
 import signal
 import sys
@@ -90,24 +88,19 @@ def _sentence(message: str) -> str:
 
 
 def cache_compilations() -> None:
-    """Keep what XLA compiles, so that the second start of a command need not compile again.
+    """Keep what XLA compiles for an accelerator, so that the next start need not compile again.
 
-    It is kept in ``JAX_COMPILATION_CACHE_DIR``, or under the user's cache directory, apart for each
-    kind of processor: code for another one may hold instructions that this one lacks.
+    It is kept under the user's cache directory; where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX
+    itself reads that, on every backend. Not for CPUs of its own accord: loading what was compiled
+    for one has been seen to end in a segmentation fault (jaxlib 0.10.2).
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # JAX itself reads it
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
+        return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        info = Path("/proc/cpuinfo")
-        flags = info.exists() and re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.M)
-    except (OSError, RuntimeError):  # no home, or one that cannot be looked into
+    except RuntimeError:  # no home
         return
-    kind = flags[0] if flags else platform.processor() + platform.machine()
-    digest = hashlib.sha256(f"{jax.version.__version__} {kind}".encode()).hexdigest()[:16]
-    jax.config.update("jax_compilation_cache_dir", str(base / "valdi-jax" / digest))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_compilation_cache_dir", str(base / "valdi-jax"))
 
 
 def compile_cost() -> tuple[float, int]:
@@ -135,7 +128,6 @@ monitoring.register_event_listener(_on_event)
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command: an error that is a sentence is printed, with exit status 2 or 3."""
-    cache_compilations()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UsageError as error:

@@ -183,6 +183,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
 def main(argv: Sequence[str]) -> int:
     """The command."""
     arguments, config = parse_arguments(argv)
+    cli.cache_compilations()
     configs = [
         dataclasses.replace(
             config, planner=dataclasses.replace(config.planner, diffusion_steps=steps)

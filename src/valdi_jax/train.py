@@ -519,6 +519,7 @@ def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, ob
 def main(argv: Sequence[str]) -> int:
     """The command."""
     arguments = parse_arguments(argv)
+    cli.cache_compilations()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (
         arguments.resume
