@@ -24,6 +24,13 @@ def pytest_configure(config):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """They pile up in a process that runs hundreds of tests, to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 def reference_tensors(dynamics: str, prefix: str = "") -> dict[str, np.ndarray]:
     """The reference's weights, rebuilt from their names (tests/parity/README.md)."""
     shapes = json.loads((PARITY / f"{dynamics}_parameters.json").read_text())
