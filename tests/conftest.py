@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -20,8 +23,16 @@ PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_configure(config):
-    """Let the tests, two at a time, and the processes that they start share a GPU."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    """What the tests, two at a time, and the processes that they start have in common."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Most of their time would go into compiling what another test has compiled before.
+        directory = tempfile.mkdtemp(prefix="valdi-jax-tests-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")

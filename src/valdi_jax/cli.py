@@ -91,8 +91,8 @@ def cache_compilations() -> None:
     """Keep what XLA compiles for an accelerator, so that the next start need not compile again.
 
     It is kept under the user's cache directory; where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX
-    itself reads that, on every backend. Not for CPUs of its own accord: jaxlib is reported to
-    refuse, or to crash on, what it kept for one (docs/decisions.md).
+    itself reads that, on every backend. Not for CPUs of its own accord: on some, jaxlib refuses
+    what it kept, with an error line for each program (docs/decisions.md).
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
         return
