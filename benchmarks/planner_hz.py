@@ -2,6 +2,7 @@
 
 python benchmarks/planner_hz.py --json planner.json
 python benchmarks/planner_hz.py --batch 16 --precision bfloat16
+python benchmarks/planner_hz.py --devices 2
 
 Of a batch, the times are of a call that plans for all its observations at once.
 """
@@ -9,6 +10,7 @@ Of a batch, the times are of a call that plans for all its observations at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import jax
 import measure
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from valdi_jax import PRESETS, init_params, plan
 from valdi_jax.config import Config
@@ -53,9 +56,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="measured for each row")
     parser.add_argument("--batch", type=int, default=1, help="observations planned for at once")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="that share the candidates; a CPU becomes as many"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
 
+    if arguments.devices > 1:
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    if jax.device_count() < arguments.devices:
+        parser.error(f"there are {jax.device_count()} devices, not {arguments.devices}")
+    mesh = Mesh(np.array(jax.devices()[: arguments.devices]), ("devices",))
     rng = np.random.default_rng(0)
     keys = jax.random.split(jax.random.key(1), arguments.batch)
     rows = []
@@ -69,11 +80,13 @@ def main() -> None:
         observations = [measure.example_observation(rng, (arguments.batch,)) for _ in range(16)]
         example = measure.example_observation(rng)
         params = init_params(jax.random.key(0), example, config=config)
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         number = itertools.count()
 
         def call(params=params, observations=observations, number=number, config=config):
             observation = observations[next(number) % len(observations)]
-            return np.asarray(plan_all(params, observation, keys, config=config))
+            with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
+                return np.asarray(plan_all(params, observation, keys, config=config))
 
         products = plan_products(config, arguments.batch)
         row = measure.row(name, call, products, arguments.seconds, arguments.precision)

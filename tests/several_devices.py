@@ -12,6 +12,7 @@ from test_update import EXAMPLE, random_batch
 from toy import CONFIG, make_counting
 
 from valdi_jax import checkpoint
+from valdi_jax.collect import plan_batch
 from valdi_jax.train import train
 from valdi_jax.update import init_state, shardings, update
 
@@ -31,11 +32,29 @@ def losses_agree_with_one_device():
     chex.assert_trees_all_close(one.params, eight.params, atol=1e-5)
 
 
+def devices_share_the_candidates_of_a_plan():
+    whole, _ = shardings(16)
+    params = init_state(jax.random.key(0), EXAMPLE, config=CONFIG).params
+    keys = jax.random.split(jax.random.key(1), 3)
+    observations = jax.tree.map(lambda x: np.stack([x] * 3), EXAMPLE)
+    settings = {"config": CONFIG}
+    one = (params, observations, keys, np.arange(3, dtype=np.int32), np.float32(0.1))
+    alone = plan_batch.lower(*one, **settings).compile()
+    with jax.set_mesh(whole.mesh):
+        all_of_it = jax.device_put(one, whole)
+        shared = plan_batch.lower(*all_of_it, **settings).compile()
+        theirs = shared(*all_of_it)
+    for ours, other in zip(alone(*one), theirs, strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-5)
+    # Operations of each device: the encoder is not shared.
+    assert shared.cost_analysis()["flops"] < 0.5 * alone.cost_analysis()["flops"]
+
+
 def a_checkpoint_of_one_device_goes_on(directory, episodes):
     output = io.StringIO()
     config = CONFIG.replace(collect={"episodes": episodes})
     state = train(config, directory, resume=True, make=make_counting, console=Console(file=output))
-    assert "learning on 8 devices" in output.getvalue()
+    assert "planning and learning on 8 devices" in output.getvalue()
     assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
     assert int(checkpoint.latest(directory).name) == episodes
 
@@ -43,5 +62,6 @@ def a_checkpoint_of_one_device_goes_on(directory, episodes):
 if __name__ == "__main__":
     assert jax.device_count() == 8
     losses_agree_with_one_device()
+    devices_share_the_candidates_of_a_plan()
     a_checkpoint_of_one_device_goes_on(Path(sys.argv[1]), int(sys.argv[2]))
     print("all of it held")

@@ -50,7 +50,11 @@ def straight(tmp_path_factory):
 
 
 def kill_at_random_moments(directory, rng, kills):
-    """Start the run over and over, each time killing it at some moment of its work."""
+    """Start the run over and over, each time killing it at some moment of its work.
+
+    Returns: the episodes that were saved by each kill.
+    """
+    saved = []
     for _ in range(kills):
         before = checkpoint.checkpoints(directory)
         process = start(directory)
@@ -64,14 +68,20 @@ def kill_at_random_moments(directory, rng, kills):
         assert checkpoint.verify_replay(directory, newest) == {}
         logged = len(read_jsonl(directory / "metrics.jsonl"))
         assert int(newest.name) >= logged - 1, "more than one checkpoint interval was lost"
+        saved.append(int(newest.name))
+    return saved
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_path, kills):
     rng = np.random.default_rng(kills)
+    saved = []
     for part in range(-(-kills // 5)):  # each time some of the run's episodes are driven
         directory = tmp_path / f"run-{part}"
-        kill_at_random_moments(directory, rng, min(kills - 5 * part, 5))
+        saved += kill_at_random_moments(directory, rng, min(kills - 5 * part, 5))
         finish(directory)
         assert content(directory) == content(straight)
         assert metrics(directory) == metrics(straight)
+    if kills == 50:  # the moments that matter were among them: the ring full, its order by number
+        assert any(10 < episodes < 15 for episodes in saved), saved
+        assert any(episodes > 15 for episodes in saved), saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,10 @@ class Learner:
                 lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
                 out_shardings=whole,
             )()
+
+    def sharing_plans(self) -> contextlib.AbstractContextManager:
+        """A context in which the devices that share an update share the candidates of a plan."""
+        return contextlib.nullcontext() if self._split is None else jax.set_mesh(self._split.mesh)
 
     def add(self, episode: Episode) -> None:
         """An episode that is new."""

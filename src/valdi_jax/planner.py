@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from valdi_jax import model
 from valdi_jax.config import Config, PlannerConfig
@@ -119,6 +120,9 @@ def plan(
 ) -> Plan:
     """Plan from one observation in one compiled call; pure, so it can be vmapped.
 
+    Within ``jax.set_mesh(mesh)`` the devices of the mesh share the candidates, if these can be
+    split evenly; the parameters, the observation and the key are then needed on all of them.
+
     Args:
         params: parameters of all networks, as in ``AgentState.params``.
         obs: one observation, without a batch axis.
@@ -138,7 +142,7 @@ def plan(
 
     def score(samples: Array, key: Array) -> Array:
         actions = jnp.tanh(samples).reshape(samples.shape[0], config.model.horizon, -1)
-        actions = actions.astype(settings.precision)
+        actions = _over_devices(actions.astype(settings.precision))
         if settings.shared_noise:
             noise = jax.random.normal(shared_key, noise_shape)
             noise = jnp.broadcast_to(noise, (samples.shape[0], *noise_shape))
@@ -169,3 +173,11 @@ def plan(
         mean=found.mean,
         std=found.std,
     )
+
+
+def _over_devices(candidates: Array) -> Array:
+    """Candidates [N, ...], and with them their scoring, spread over the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or candidates.shape[0] % mesh.size:
+        return candidates
+    return jax.lax.with_sharding_constraint(candidates, PartitionSpec(mesh.axis_names))

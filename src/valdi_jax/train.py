@@ -115,7 +115,8 @@ def train(
         for number in digests:
             learner.restore(checkpoint.load_episode(run_dir, number, example, config))
         if learner.devices > 1:
-            display.say(f"learning on {learner.devices} devices")
+            display.say(f"planning and learning on {learner.devices} devices")
+            stack.enter_context(learner.sharing_plans())
         pool = make_pool(
             factory,
             config.collect.num_envs,
