@@ -40,14 +40,14 @@ def devices_share_the_candidates_of_a_plan():
     settings = {"config": CONFIG}
     one = (params, observations, keys, np.arange(3, dtype=np.int32), np.float32(0.1))
     alone = plan_batch.lower(*one, **settings).compile()
-    with jax.set_mesh(whole.mesh):
-        all_of_it = jax.device_put(one, whole)
-        shared = plan_batch.lower(*all_of_it, **settings).compile()
-        theirs = shared(*all_of_it)
-    for ours, other in zip(alone(*one), theirs, strict=True):
-        np.testing.assert_allclose(ours, other, atol=1e-5)
-    # Operations of each device: the encoder is not shared.
-    assert shared.cost_analysis()["flops"] < 0.5 * alone.cost_analysis()["flops"]
+    for mesh in (whole.mesh, jax.make_mesh((8,), ("devices",))):  # automatic and explicit axes
+        with jax.set_mesh(mesh):
+            shared = plan_batch.lower(*one, **settings).compile()
+            theirs = plan_batch(*one, **settings)
+        for ours, other in zip(alone(*one), theirs, strict=True):
+            np.testing.assert_allclose(ours, other, atol=1e-5)
+        # Operations of each device: the encoder is not shared.
+        assert shared.cost_analysis()["flops"] < 0.5 * alone.cost_analysis()["flops"]
 
 
 def a_checkpoint_of_one_device_goes_on(directory, episodes):

@@ -142,15 +142,15 @@ def plan(
 
     def score(samples: Array, key: Array) -> Array:
         actions = jnp.tanh(samples).reshape(samples.shape[0], config.model.horizon, -1)
-        actions = _over_devices(actions.astype(settings.precision))
+        actions = actions.astype(settings.precision)
         if settings.shared_noise:
             noise = jax.random.normal(shared_key, noise_shape)
             noise = jnp.broadcast_to(noise, (samples.shape[0], *noise_shape))
         else:
             noise = jax.random.normal(key, (samples.shape[0], *noise_shape))
-        return predicted_return(
-            scoring, z, actions, noise, config=config, steps=settings.diffusion_steps
-        )
+        return _over_devices(
+            functools.partial(predicted_return, config=config, steps=settings.diffusion_steps)
+        )(scoring, z, actions, noise)
 
     found = cem(
         score,
@@ -175,9 +175,16 @@ def plan(
     )
 
 
-def _over_devices(candidates: Array) -> Array:
-    """Candidates [N, ...], and with them their scoring, spread over the mesh in context."""
+def _over_devices(score: Callable[..., Array]) -> Callable[..., Array]:
+    """`predicted_return` with its candidates [N, ...] spread over the mesh in context, if any."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or candidates.shape[0] % mesh.size:
-        return candidates
-    return jax.lax.with_sharding_constraint(candidates, PartitionSpec(mesh.axis_names))
+    if mesh.empty:
+        return score
+
+    def spread(params: Params, z: Array, actions: Array, noise: Array) -> Array:
+        if actions.shape[0] % mesh.size == 0:
+            actions = jax.lax.with_sharding_constraint(actions, PartitionSpec(mesh.axis_names))
+        return score(params, z, actions, noise)
+
+    # Whatever kind of axes the mesh has, the compiler lays out what follows from that.
+    return jax.sharding.auto_axes(spread, out_sharding=PartitionSpec())
