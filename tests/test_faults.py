@@ -49,6 +49,11 @@ def straight(tmp_path_factory):
     return directory
 
 
+def saved_episodes(directory):
+    """Episodes that the newest checkpoint has, 0 without any."""
+    return max([int(path.name) for path in checkpoint.checkpoints(directory)], default=0)
+
+
 def kill_at_random_moments(directory, rng, kills):
     """Start the run over and over, each time killing it at some moment of its work.
 
@@ -56,11 +61,11 @@ def kill_at_random_moments(directory, rng, kills):
     """
     saved = []
     for _ in range(kills):
-        before = checkpoint.checkpoints(directory)
+        goal = saved_episodes(directory) + rng.integers(1, 8)
         process = start(directory)
-        while process.poll() is None and checkpoint.checkpoints(directory) == before:
-            time.sleep(0.01)  # it compiles first, and little is to be seen in that
-        time.sleep(rng.uniform(0, 0.5))  # some ten episodes, each with a checkpoint
+        while process.poll() is None and saved_episodes(directory) < goal:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # an episode or two, each with a checkpoint
         process.kill()
         process.wait()
         newest = checkpoint.latest(directory)
