@@ -57,7 +57,7 @@ def saved_episodes(directory):
 def kill_at_random_moments(directory, rng, kills):
     """Start the run over and over, each time killing it at some moment of its work.
 
-    Returns: the episodes that were saved by each kill.
+    Returns: the episodes that were saved by each kill, fewer if the run came to its end.
     """
     saved = []
     for _ in range(kills):
@@ -66,6 +66,9 @@ def kill_at_random_moments(directory, rng, kills):
         while process.poll() is None and saved_episodes(directory) < goal:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))  # an episode or two, each with a checkpoint
+        if process.poll() is not None:  # at its end, which is no kill
+            assert process.returncode == 0
+            break
         process.kill()
         process.wait()
         newest = checkpoint.latest(directory)
@@ -81,9 +84,9 @@ def kill_at_random_moments(directory, rng, kills):
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_path, kills):
     rng = np.random.default_rng(kills)
     saved = []
-    for part in range(-(-kills // 5)):  # each time some of the run's episodes are driven
-        directory = tmp_path / f"run-{part}"
-        saved += kill_at_random_moments(directory, rng, min(kills - 5 * part, 5))
+    while len(saved) < kills:  # five a run at most: each time some of its episodes are driven
+        directory = tmp_path / f"run-after-{len(saved)}"
+        saved += kill_at_random_moments(directory, rng, min(kills - len(saved), 5))
         finish(directory)
         assert content(directory) == content(straight)
         assert metrics(directory) == metrics(straight)
