@@ -17,6 +17,8 @@ import tyro
 
 from valdi_jax.errors import UsageError
 
+HeadKind = Literal["scalar", "two-hot"]
+
 
 @dataclass(frozen=True)
 class EnvConfig:
@@ -80,6 +82,9 @@ class ModelConfig:
     """Hidden width of a value head."""
     value_heads: int = 2
     """Value heads E, of which the minimum is the value."""
+    head_kind: HeadKind = "scalar"
+    """Reward and value heads with one output and a squared error, as in the paper, or with a
+    distribution over bins from -1096 to 1096, for rewards that differ by orders of magnitude."""
 
 
 @dataclass(frozen=True)

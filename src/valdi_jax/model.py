@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from valdi_jax import regression
 from valdi_jax.config import Config
 from valdi_jax.dynamics import imagine, init_dynamics
 from valdi_jax.encoder import Encoder
@@ -21,8 +22,10 @@ __all__ = [
     "init_params",
     "parameter_count",
     "reward",
+    "reward_outputs",
     "value",
     "values",
+    "values_outputs",
 ]
 
 _ENCODER_TILE = 64  # observations encoded at once on a CPU
@@ -91,14 +94,25 @@ def encode_targets(params: Params, observation: Observation, *, config: Config) 
     return latents.reshape(*lead, -1)
 
 
+def reward_outputs(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """The reward head's outputs [..., O], from which `regression` takes loss and number."""
+    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
+
+
 def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
     """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
-    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
+    outputs = reward_outputs(params, z, actions, config=config)
+    return regression.mean(outputs, kind=config.model.head_kind)
+
+
+def values_outputs(params: Params, z: Array, *, config: Config) -> Array:
+    """The outputs [E, ..., O] of every value head."""
+    return ValueHeads(config.model).apply({"params": params["value"]}, z)
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:
     """Estimates [E, ...] of every value head at a latent [..., D]."""
-    return ValueHeads(config.model).apply({"params": params["value"]}, z)
+    return regression.mean(values_outputs(params, z, config=config), kind=config.model.head_kind)
 
 
 def value(params: Params, z: Array, *, config: Config) -> Array:
