@@ -75,6 +75,12 @@ def test_presets_are_valid_and_hashable(preset):
         ("learn", {"discount": 1.5}, "--learn.discount is 1.5; it must be above 0 and at most 1"),
         ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be at least 1"),
         ("env", {"max_steps": 17}, "--env.max-steps is 17; it must be at least 18"),
+        (
+            "env",
+            {"max_steps": 35, "action_repeat": 2},
+            "--env.max-steps is 35; it must be at least 36",
+        ),
+        ("env", {"action_repeat": 0}, "--env.action-repeat is 0; it must be at least 1"),
         ("eval", {"episodes": 101}, "--eval.episodes is 101; it must be at most 100"),
         ("env", {"patience": -5}, "--env.patience is -5; it must be at least 0"),
         ("learn", {"ema_rate": 5.0}, "--learn.ema-rate is 5.0; it must be above 0 and at most 1"),

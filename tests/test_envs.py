@@ -12,7 +12,7 @@ from valdi_jax.config import EnvConfig
 from valdi_jax.envs import evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
-from valdi_jax.envs.wrappers import Patience, ThroughTerminals
+from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
 from valdi_jax.errors import UsageError
 from valdi_jax.types import Observation
 
@@ -172,6 +172,37 @@ def test_patience_truncates_after_steps_in_a_row_without_reward():
     for _ in range(2):  # the count starts anew with the episode
         env.reset()
         assert [env.step(None)[3] for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_a_held_action_is_one_step_of_the_agent():
+    once, held = (
+        make_env(EnvConfig(name="pendulum", max_steps=0, action_repeat=repeat), training=True)
+        for repeat in (1, 30)
+    )
+    once.reset(seed=0)
+    held.reset(seed=0)
+    for step in range(7):  # 200 environment steps: the last hold is cut off
+        action = np.array([0.1 * step], np.float32)
+        singles = [once.step(action) for _ in range(min(30, 200 - 30 * step))]
+        observation, reward, terminated, truncated, _ = held.step(action)
+        np.testing.assert_array_equal(observation, singles[-1][0])
+        assert reward == pytest.approx(sum(single[1] for single in singles))
+        assert not terminated
+        assert truncated == (step == 6)
+
+
+def test_patience_counts_holds():
+    env = paced(Rewards([-1, 2, -1, -1, -1, -1, 9]), action_repeat=2, patience=2)
+    env.reset()
+    assert [env.step(None)[3] for _ in range(3)] == [False, False, True]
+
+
+def test_held_actions_of_carracing_leave_frames_to_be_skipped():
+    env = make_env(EnvConfig(action_repeat=2), training=True)
+    env.reset(seed=0)
+    env.skip_frames = True
+    assert not env.step(np.zeros(3, np.float32))[0]["image"].any()
+    assert env.redraw()["image"].any()
 
 
 class Ending(Rewards):

@@ -29,6 +29,9 @@ class EnvConfig:
     bipedalwalker-hardcore, or gym:ID for any that is registered with Gymnasium."""
     max_steps: int = 600
     """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
+    action_repeat: int = 1
+    """Environment steps that an action is held for. To the agent they are one step, with the sum
+    of their rewards; whatever else counts steps counts these, only --env.max-steps does not."""
     patience: int = 0
     """Truncate a training episode after this many environment steps without a positive reward
     (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
@@ -249,6 +252,11 @@ class Config:
         return self.model.chunk if self.env.render_every == "chunk" else 1
 
     @property
+    def episode_steps(self) -> int:
+        """Steps that an episode can have at most, 0 where only the environment knows."""
+        return -(-self.env.max_steps // self.env.action_repeat)
+
+    @property
     def segment_steps(self) -> int:
         """Environment steps that a training segment spans: (H + 1) * C."""
         return (self.model.horizon + 1) * self.model.chunk
@@ -337,7 +345,14 @@ PRESETS: dict[str, Config] = {
         collect={"episodes": 40},
         eval={"every": 20, "episodes": 20},
     ),
-    "mountaincar": _VECTOR.replace(env={"name": "mountaincar"}),
+    # An action held for ten steps moves the car far enough to find the goal by chance.
+    "mountaincar": _VECTOR.replace(
+        env={"name": "mountaincar", "action_repeat": 10},
+        model={"chunk": 1},
+        learn={"updates_per_step": 2.0, "discount": 0.98},
+        collect={"episodes": 40},
+        eval={"every": 20, "episodes": 20},
+    ),
     # Longer chunks see further for the same price, and hovering has to look worse than landing.
     "lunarlander": _VECTOR.replace(
         env={"name": "lunarlander"},
@@ -401,9 +416,9 @@ def validate(config: Config) -> None:
     counts += ["checkpoint.every", "checkpoint.keep"]
     least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
     if config.env.max_steps:  # or no episode holds a training segment
-        least["env.max_steps"] = config.segment_steps
+        least["env.max_steps"] = config.segment_steps * config.env.action_repeat
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
-    least |= {"env.max_steps": 0} | least
+    least |= {"env.max_steps": 0, "env.action_repeat": 1} | least
     least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}
     least |= {"collect.noise_start": 0, "collect.noise_end": 0}
     least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}

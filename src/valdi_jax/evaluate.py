@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
     for each in configs:
         steps = each.planner.diffusion_steps
         with ProgressBar(console=console, transient=True) as bar:
-            longest = -(-config.env.max_steps // config.model.chunk)  # 0 if not known
+            longest = -(-config.episode_steps // config.model.chunk)  # 0 if not known
             total = arguments.episodes * longest / arguments.num_envs or None
             task = bar.add_task("driving", total=total)
             driven = evaluate(

@@ -180,7 +180,7 @@ def store_shapes(example: Observation, config: Config) -> Store:
     Raises:
         UsageError: if its episodes have no known limit.
     """
-    length = config.env.max_steps
+    length = config.episode_steps
     if not length:
         raise UsageError(
             "--replay.placement device has to know how long an episode can be: give --env.max-steps"

@@ -12,7 +12,7 @@ import numpy as np
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.envs.wrappers import Patience
+from valdi_jax.envs.wrappers import paced
 from valdi_jax.errors import UsageError
 
 
@@ -32,6 +32,7 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
     if config.name == "carracing":
         return make_carracing(
             max_steps=config.max_steps,
+            action_repeat=config.action_repeat,
             patience=patience,
             through_terminals=not training,
             render_mode=render_mode,
@@ -48,7 +49,7 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
             f"unknown environment {config.name!r}: did you mean {near[0]!r}? (gym:ID takes any "
             "that is registered with Gymnasium)"
         )
-    return Patience(env, patience) if patience else env
+    return paced(env, action_repeat=config.action_repeat, patience=patience)
 
 
 def make_registered(

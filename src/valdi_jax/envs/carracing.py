@@ -9,7 +9,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 
-from valdi_jax.envs.wrappers import Patience, ThroughTerminals
+from valdi_jax.envs.wrappers import ThroughTerminals, paced
 
 _BAR = slice(84, 96)  # rows of the bar
 _METERS = slice(84, 94)  # rows of its vertical meters
@@ -72,6 +72,7 @@ class SplitBar(gym.ObservationWrapper):
 def make_carracing(
     *,
     max_steps: int,
+    action_repeat: int = 1,
     patience: int = 0,
     through_terminals: bool = False,
     render_mode: str | None = None,
@@ -82,6 +83,5 @@ def make_carracing(
     env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), max_steps)
     if through_terminals:
         env = ThroughTerminals(env)
-    if patience:
-        env = Patience(env, patience)
+    env = paced(env, action_repeat=action_repeat, patience=patience)
     return SplitBar(env)  # the outermost: it is asked which frames to draw

@@ -1,4 +1,4 @@
-"""When an episode ends."""
+"""How long a step is, and when an episode ends."""
 
 from __future__ import annotations
 
@@ -42,3 +42,13 @@ class ThroughTerminals(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._terminated |= terminated
         return observation, reward, truncated and self._terminated, truncated, info
+
+
+def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
+    """The environment with each action held for some steps, and with an end to patience (0: none).
+
+    Patience counts the steps that are left, each a whole hold.
+    """
+    if action_repeat > 1:
+        env = gym.wrappers.RepeatAction(env, action_repeat)
+    return Patience(env, patience) if patience else env
