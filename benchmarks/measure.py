@@ -121,10 +121,14 @@ def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Pro
     products = residual_products(
         reward_rows, inputs, model.reward_width, model.reward_depth, outputs
     )
+    return products + value_products(model, value_rows)
+
+
+def value_products(model: ModelConfig, rows: int) -> Products:
+    """Of the value heads."""
+    outputs = output_size(model.head_kind)
     widths = [model.latent_dim, model.value_width, model.value_width, outputs]
-    for _ in range(model.value_heads):
-        products += mlp_products(value_rows, widths)
-    return products
+    return scaled(mlp_products(rows, widths), model.value_heads)
 
 
 def report(machine: str, rows: list[dict], path: Path | None) -> None:

@@ -9,6 +9,7 @@ highest.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,8 +30,9 @@ def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.nd
     records = [r for r in read_jsonl(directory / "metrics.jsonl") if metric in r]
     if not records:
         raise SystemExit(f"{directory} holds no episodes with {metric}")
+    hold = json.loads((directory / "config.json").read_text())["env"]["action_repeat"]
     axes = {
-        "environment steps": np.array([record["total/env_steps"] for record in records]),
+        "environment steps": hold * np.array([record["total/env_steps"] for record in records]),
         "minutes": np.array([record["time/seconds"] for record in records]) / 60,
     }
     values = np.array([record[metric] for record in records])

@@ -45,12 +45,19 @@ def test_every_environment_has_a_preset_that_suits_it():
 
 
 def test_a_preset_for_another_environment_keeps_what_belongs_to_the_environment():
-    config = default_config("pendulum", "tiny")
-    assert config.env == PRESETS["pendulum"].env
-    assert config.model == dataclasses.replace(PRESETS["tiny"].model, normalize=True)
-    assert config.learn.reward_scale == PRESETS["pendulum"].learn.reward_scale
-    assert not config.learn.bootstrap_terminal
+    config = default_config("lunarlander", "tiny")
+    assert config.env == PRESETS["lunarlander"].env
+    assert config.model == dataclasses.replace(
+        PRESETS["tiny"].model, normalize=True, chunk=1, head_kind="two-hot"
+    )
+    assert config.learn == dataclasses.replace(
+        PRESETS["tiny"].learn, bootstrap_terminal=False, discount=0.98
+    )
+    assert default_config("pendulum", "tiny").learn.reward_scale == 0.1
     assert config.planner == PRESETS["tiny"].planner
+    config = default_config("lunarlander", "pendulum")
+    assert config.env == PRESETS["lunarlander"].env
+    assert (config.model.chunk, config.learn.reward_scale) == (1, 1)
     other = default_config("gym:Pendulum-v1", "pendulum")
     assert other == PRESETS["pendulum"].replace(env={"name": "gym:Pendulum-v1"})
 
@@ -77,8 +84,8 @@ def test_presets_are_valid_and_hashable(preset):
         ("env", {"max_steps": 17}, "--env.max-steps is 17; it must be at least 18"),
         (
             "env",
-            {"max_steps": 35, "action_repeat": 2},
-            "--env.max-steps is 35; it must be at least 36",
+            {"max_steps": 34, "action_repeat": 2},
+            "--env.max-steps is 34; it must be at least 35",
         ),
         ("env", {"action_repeat": 0}, "--env.action-repeat is 0; it must be at least 1"),
         ("eval", {"episodes": 101}, "--eval.episodes is 101; it must be at most 100"),

@@ -198,11 +198,16 @@ def test_patience_counts_holds():
 
 
 def test_held_actions_of_carracing_leave_frames_to_be_skipped():
-    env = make_env(EnvConfig(action_repeat=2), training=True)
+    env, drawn = (make_env(EnvConfig(action_repeat=r), training=True) for r in (2, 1))
     env.reset(seed=0)
+    drawn.reset(seed=0)
     env.skip_frames = True
-    assert not env.step(np.zeros(3, np.float32))[0]["image"].any()
-    assert env.redraw()["image"].any()
+    action = np.array([0.5, 1, 0], np.float32)
+    for _ in range(10):
+        assert not env.step(action)[0]["image"].any()
+        drawn.step(action)
+        observation = drawn.step(action)[0]
+    np.testing.assert_array_equal(env.redraw()["image"], observation["image"])
 
 
 class Ending(Rewards):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from test_update import EXAMPLE, configured, random_batch
 
-from valdi_jax import init_params, model, regression
+from valdi_jax import init_params, model, plan, regression
 from valdi_jax.update import init_state, update
 
 TWO_HOT = dataclasses.replace(
@@ -48,7 +48,7 @@ def test_the_least_loss_is_at_the_mean_of_what_is_seen(kind):
     for _ in range(500):
         updates, state = optimizer.update(jax.grad(total)(outputs), state)
         outputs = optax.apply_updates(outputs, updates)
-    assert regression.mean(outputs, kind=kind) == pytest.approx(-24.75, rel=0.02)
+    assert regression.decode(outputs, kind=kind) == pytest.approx(-24.75, rel=0.02)
 
 
 def test_untrained_two_hot_heads_say_nothing():
@@ -58,6 +58,41 @@ def test_untrained_two_hot_heads_say_nothing():
     np.testing.assert_allclose(model.reward(params, z, actions, config=TWO_HOT), 0, atol=1e-3)
     assert model.values(params, z, config=TWO_HOT).shape == (2, 4)
     np.testing.assert_allclose(model.value(params, z, config=TWO_HOT), 0, atol=1e-3)
+
+
+def test_the_value_is_the_least_of_what_two_hot_heads_decode_to():
+    params = perturbed(init_params(jax.random.key(0), EXAMPLE, config=TWO_HOT))
+    z = jax.random.normal(jax.random.key(1), (64, TWO_HOT.model.latent_dim))
+    values = np.asarray(model.values(params, z, config=TWO_HOT))
+    assert 0 < (values[0] < values[1]).mean() < 1  # either may be the least
+    np.testing.assert_allclose(model.value(params, z, config=TWO_HOT), values.min(axis=0))
+
+
+def perturbed(params):
+    """Parameters moved at random, so that heads say something."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_plans_are_made_with_two_hot_heads(precision):
+    config = TWO_HOT.replace(planner={"precision": precision})
+    params = perturbed(init_params(jax.random.key(0), EXAMPLE, config=config))
+    answer = plan(params, EXAMPLE, jax.random.key(1), config=config)
+    assert np.isfinite(answer.predicted_return)
+    assert answer.predicted_return != 0
+    assert answer.actions.shape == config.plan_shape
+
+
+def test_the_loss_of_a_batch_is_that_of_each_of_its_entries():
+    outputs = jax.random.normal(jax.random.key(0), (2, 3, 4, len(regression.BINS)))
+    targets = 50 * jax.random.normal(jax.random.key(1), (3, 4))
+    losses = regression.loss(outputs, targets, kind="two-hot")
+    assert losses.shape == (2, 3, 4)
+    alone = regression.loss(outputs[1, 2, 3], targets[2, 3], kind="two-hot")
+    np.testing.assert_allclose(losses[1, 2, 3], alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])

@@ -30,8 +30,8 @@ class EnvConfig:
     max_steps: int = 600
     """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
     action_repeat: int = 1
-    """Environment steps that an action is held for. To the agent they are one step, with the sum
-    of their rewards; whatever else counts steps counts these, only --env.max-steps does not."""
+    """Environment steps that an action is held for: one step to the agent, with the sum of their
+    rewards. Every other option and figure counts such holds, --env.max-steps alone does not."""
     patience: int = 0
     """Truncate a training episode after this many environment steps without a positive reward
     (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
@@ -353,12 +353,12 @@ PRESETS: dict[str, Config] = {
         collect={"episodes": 40},
         eval={"every": 20, "episodes": 20},
     ),
-    # Longer chunks see further for the same price, and hovering has to look worse than landing.
+    # The engines' fuel costs hundredths of what a crash does, and a landing counts once they rest.
     "lunarlander": _VECTOR.replace(
-        env={"name": "lunarlander"},
-        model={"horizon": 3, "chunk": 4},
-        learn={"reward_scale": 0.1, "discount": 0.995},
-        collect={"episodes": 150, "noise_decay": 100},
+        env={"name": "lunarlander", "action_repeat": 4},
+        model={"chunk": 1, "head_kind": "two-hot"},
+        learn={"updates_per_step": 2.0, "discount": 0.98},
+        collect={"episodes": 100, "noise_decay": 100},
         eval={"every": 50, "episodes": 20},
     ),
     "bipedalwalker": _VECTOR.replace(env={"name": "bipedalwalker"}, learn={"reward_scale": 0.1}),
@@ -388,15 +388,15 @@ def default_config(env: str | None, preset: str | None) -> Config:
     config = PRESETS[preset]
     if env is None or env == config.env.name:
         return config
-    config = config.replace(env=dataclasses.asdict(suited.env) | {"name": env})
-    if PRESETS[preset].env.name != "carracing":
-        return config
-    # The sizes and budgets of a CarRacing preset, with what another environment asks for.
+    if suited is PRESETS["gym"] and config.env.name != "carracing":
+        return config.replace(env={"name": env})  # nothing is known of it: like the preset's own
+    # The sizes and budgets of the preset, with what the environment asks for.
     return config.replace(
-        model={"normalize": suited.model.normalize},
+        env=dataclasses.asdict(suited.env) | {"name": env},
+        model={name: getattr(suited.model, name) for name in ("normalize", "chunk", "head_kind")},
         learn={
-            "bootstrap_terminal": suited.learn.bootstrap_terminal,
-            "reward_scale": suited.learn.reward_scale,
+            name: getattr(suited.learn, name)
+            for name in ("bootstrap_terminal", "reward_scale", "discount")
         },
     )
 
@@ -416,7 +416,7 @@ def validate(config: Config) -> None:
     counts += ["checkpoint.every", "checkpoint.keep"]
     least = dict.fromkeys(counts, 1) | {"planner.elites": 2, "learn.sigreg_knots": 2}
     if config.env.max_steps:  # or no episode holds a training segment
-        least["env.max_steps"] = config.segment_steps * config.env.action_repeat
+        least["env.max_steps"] = (config.segment_steps - 1) * config.env.action_repeat + 1
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
     least |= {"env.max_steps": 0, "env.action_repeat": 1} | least
     least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}

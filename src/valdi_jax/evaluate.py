@@ -118,7 +118,8 @@ def record_video(params: Params, config: Config, path: Path) -> Driven:
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
     (driven,) = drive(params, pool, _jobs(1), config=config)
-    write(env.render(), env.metadata.get("render_fps", _FRAMES_PER_SECOND))
+    fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
+    write(env.render(), fps / config.env.action_repeat)  # there is one frame of each hold
     pool.close()
     return driven
 
@@ -134,9 +135,10 @@ def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
         raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
 
     def write(frames: list[np.ndarray], fps: float) -> None:
-        if path.suffix == ".gif":  # every fourth frame at half the size is small enough
-            frames = [frame[::2, ::2] for frame in frames[::4]]
-            imageio.imwrite(path, frames, duration=4000 / fps, loop=0)
+        if path.suffix == ".gif":  # a dozen frames a second at half the size are small enough
+            every = max(1, round(fps / 12.5))
+            frames = [frame[::2, ::2] for frame in frames[::every]]
+            imageio.imwrite(path, frames, duration=1000 * every / fps, loop=0)
         else:
             imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG")
 

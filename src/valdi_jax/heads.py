@@ -12,7 +12,10 @@ from valdi_jax.types import Array
 
 
 class RewardHead(nn.Module):
-    """Latent [..., D] and action chunk [..., C * A] -> what says its discounted reward [..., O]."""
+    """Latent [..., D] and action chunk [..., C * A] -> outputs [..., O].
+
+    `regression.decode` turns them into the discounted reward of the chunk.
+    """
 
     config: ModelConfig
 
@@ -30,7 +33,7 @@ class RewardHead(nn.Module):
 
 
 class ValueHeads(nn.Module):
-    """Latent [..., D] -> what says the estimate of each value head [E, ..., O]."""
+    """Latent [..., D] -> outputs of all value heads [E, ..., O], each decoded to an estimate."""
 
     config: ModelConfig
 

@@ -38,7 +38,7 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = True
-    zero: bool = False  # at first
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -46,8 +46,8 @@ class Linear(nn.Module):
         return nn.Dense(
             self.features,
             use_bias=self.use_bias,
-            kernel_init=zeros if self.zero else _kernel_init,
-            bias_init=zeros if self.zero else _bias_init(x.shape[-1]),
+            kernel_init=zeros if self.zero_init else _kernel_init,
+            bias_init=zeros if self.zero_init else _bias_init(x.shape[-1]),
             name="dense",
         )(x)
 
@@ -84,7 +84,7 @@ class MLP(nn.Module):
         last = len(self.widths) - 1
         for i, width in enumerate(self.widths):
             zero = self.zero_outputs and i == last
-            x = Linear(width, zero=zero, name=f"linear_{i}")(x if i == 0 else gelu(x))
+            x = Linear(width, zero_init=zero, name=f"linear_{i}")(x if i == 0 else gelu(x))
         return x
 
 
@@ -105,4 +105,4 @@ class ResidualMLP(nn.Module):
         for i in range(self.depth):
             h = layer_norm(name=f"norm_{i}")(x)
             x = x + MLP((2 * self.width, self.width), name=f"block_{i}")(h)
-        return Linear(self.features, zero=self.zero_outputs, name="outputs")(x)
+        return Linear(self.features, zero_init=self.zero_outputs, name="outputs")(x)

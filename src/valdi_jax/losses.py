@@ -90,10 +90,10 @@ def objective(
         terminals,
         discount=learn.discount,
     )
-    value_outputs = model.values_outputs(params, trajectory, config=config)  # [E, B, H + 1, O]
+    value_outputs = model.value_outputs(params, trajectory, config=config)  # [E, B, H + 1, O]
     value_errors = regression.loss(value_outputs, value_target, kind=config.model.head_kind)
     value_loss = masked_mean(value_errors, valid)
-    value_preds = regression.mean(value_outputs, kind=config.model.head_kind)
+    value_preds = regression.decode(value_outputs, kind=config.model.head_kind)
 
     sigreg_loss = sigreg(z, draws.directions, knots=learn.sigreg_knots)
 

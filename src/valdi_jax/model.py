@@ -24,8 +24,8 @@ __all__ = [
     "reward",
     "reward_outputs",
     "value",
+    "value_outputs",
     "values",
-    "values_outputs",
 ]
 
 _ENCODER_TILE = 64  # observations encoded at once on a CPU
@@ -102,17 +102,17 @@ def reward_outputs(params: Params, z: Array, actions: Array, *, config: Config) 
 def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
     """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
     outputs = reward_outputs(params, z, actions, config=config)
-    return regression.mean(outputs, kind=config.model.head_kind)
+    return regression.decode(outputs, kind=config.model.head_kind)
 
 
-def values_outputs(params: Params, z: Array, *, config: Config) -> Array:
+def value_outputs(params: Params, z: Array, *, config: Config) -> Array:
     """The outputs [E, ..., O] of every value head."""
     return ValueHeads(config.model).apply({"params": params["value"]}, z)
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:
     """Estimates [E, ...] of every value head at a latent [..., D]."""
-    return regression.mean(values_outputs(params, z, config=config), kind=config.model.head_kind)
+    return regression.decode(value_outputs(params, z, config=config), kind=config.model.head_kind)
 
 
 def value(params: Params, z: Array, *, config: Config) -> Array:

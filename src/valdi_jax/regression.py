@@ -1,4 +1,4 @@
-"""How the reward and value heads say a number: by one output, or by a distribution over bins.
+"""How reward and value heads express a number: as one output, or as a distribution over bins.
 
 The paper's heads have one output and a squared error. Where rewards differ by orders of magnitude,
 the errors of the large ones drown the small. A two-hot head (Hafner et al., 2023, "Mastering
@@ -25,11 +25,12 @@ def output_size(kind: HeadKind) -> int:
     return 1 if kind == "scalar" else len(BINS)
 
 
-def mean(outputs: Array, *, kind: HeadKind) -> Array:
+def decode(outputs: Array, *, kind: HeadKind) -> Array:
     """The number [...] that outputs [..., O] stand for."""
     if kind == "scalar":
         return outputs[..., 0]
-    return jax.nn.softmax(outputs.astype(jnp.float32)) @ BINS
+    # Not as a product, which an accelerator may round to TF32.
+    return (jax.nn.softmax(outputs.astype(jnp.float32)) * BINS).sum(axis=-1)
 
 
 def loss(outputs: Array, targets: Array, *, kind: HeadKind) -> Array:

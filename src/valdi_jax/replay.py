@@ -204,8 +204,8 @@ def store_episode(store: Store, slot: int, episode: Episode) -> Store:
     """
     if len(episode) > store.rewards.shape[1]:
         raise UsageError(
-            f"an episode took {len(episode)} steps, more than --env.max-steps "
-            f"({store.rewards.shape[1]}): --replay.placement host takes any"
+            f"an episode took {len(episode)} steps, more than the {store.rewards.shape[1]} that "
+            "--env.max-steps allows: --replay.placement host takes any"
         )
     given = Store(episode.observations, episode.actions, episode.rewards)
 

@@ -45,10 +45,7 @@ class ThroughTerminals(gym.Wrapper):
 
 
 def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
-    """The environment with each action held for some steps, and with an end to patience (0: none).
-
-    Patience counts the steps that are left, each a whole hold.
-    """
+    """The environment with each action held for some steps, and patience (0: endless) in holds."""
     if action_repeat > 1:
         env = gym.wrappers.RepeatAction(env, action_repeat)
     return Patience(env, patience) if patience else env
