@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from valdi_jax.config import ModelConfig
-from valdi_jax.regression import output_size
 from valdi_jax.types import Observation
 
 Products = Counter  # (rows, inner, columns) of a matrix product -> how often
@@ -117,18 +116,11 @@ def dynamics_products(model: ModelConfig, batch: int) -> Products:
 def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Products:
     """Of the reward head and the value heads."""
     inputs = model.latent_dim + model.chunk * model.action_dim
-    outputs = output_size(model.head_kind)
-    products = residual_products(
-        reward_rows, inputs, model.reward_width, model.reward_depth, outputs
-    )
-    return products + value_products(model, value_rows)
-
-
-def value_products(model: ModelConfig, rows: int) -> Products:
-    """Of the value heads."""
-    outputs = output_size(model.head_kind)
-    widths = [model.latent_dim, model.value_width, model.value_width, outputs]
-    return scaled(mlp_products(rows, widths), model.value_heads)
+    products = residual_products(reward_rows, inputs, model.reward_width, model.reward_depth, 1)
+    widths = [model.latent_dim, model.value_width, model.value_width, 1]
+    for _ in range(model.value_heads):
+        products += mlp_products(value_rows, widths)
+    return products
 
 
 def report(machine: str, rows: list[dict], path: Path | None) -> None:

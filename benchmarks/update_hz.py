@@ -45,7 +45,8 @@ def update_products(config: Config) -> measure.Products:
     with_gradient += measure.heads_products(model, trajectory, trajectory)
     frames = horizon + 1 if config.learn.td_encoder == "ema" else 2 * horizon + 1
     targets = encoder_products(config, frames * batch)
-    targets += measure.value_products(model, trajectory)
+    widths = [model.latent_dim, model.value_width, model.value_width, 1]
+    targets += measure.scaled(measure.mlp_products(trajectory, widths), model.value_heads)
     return measure.scaled(with_gradient, 3) + targets
 
 

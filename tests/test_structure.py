@@ -7,9 +7,8 @@ import valdi_jax
 
 FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
-    *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer"),
-    *("regression", "heads", "diffusion", "sigreg", "dynamics", "model", "losses", "replay"),
-    *("update", "planner"),
+    *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer", "heads"),
+    *("diffusion", "sigreg", "dynamics", "model", "losses", "replay", "update", "planner"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
     *("envs", "collect", "cli", "integrity", "checkpoint", "progress", "evaluate", "learner"),
     *("train", "convert"),

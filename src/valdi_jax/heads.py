@@ -7,45 +7,31 @@ import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
 from valdi_jax.layers import MLP, ResidualMLP
-from valdi_jax.regression import output_size
 from valdi_jax.types import Array
 
 
 class RewardHead(nn.Module):
-    """Latent [..., D] and action chunk [..., C * A] -> outputs [..., O].
-
-    `regression.decode` turns them into the discounted reward of the chunk.
-    """
+    """Latent [..., D] and action chunk [..., C * A] -> discounted reward of the chunk [...]."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, z: Array, actions: Array) -> Array:
-        config = self.config
         x = jnp.concatenate([z, actions], axis=-1)
-        return ResidualMLP(
-            config.reward_width,
-            config.reward_depth,
-            output_size(config.head_kind),
-            zero_outputs=config.head_kind == "two-hot",
-            name="net",
-        )(x)
+        net = ResidualMLP(self.config.reward_width, self.config.reward_depth, 1, name="net")
+        return net(x)[..., 0]
 
 
 class ValueHeads(nn.Module):
-    """Latent [..., D] -> outputs of all value heads [E, ..., O], each decoded to an estimate."""
+    """Latent [..., D] -> the estimates of all value heads [E, ...]."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        config = self.config
-        widths = (config.value_width, config.value_width, output_size(config.head_kind))
-        zero = config.head_kind == "two-hot"
-        heads = [
-            MLP(widths, zero_outputs=zero, name=f"head_{i}") for i in range(config.value_heads)
-        ]
-        return jnp.stack([head(z) for head in heads])
+        width = self.config.value_width
+        heads = [MLP((width, width, 1), name=f"head_{i}") for i in range(self.config.value_heads)]
+        return jnp.stack([head(z)[..., 0] for head in heads])
 
 
 class MLPDynamics(nn.Module):

@@ -38,16 +38,14 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = True
-    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        zeros = nn.initializers.zeros_init()
         return nn.Dense(
             self.features,
             use_bias=self.use_bias,
-            kernel_init=zeros if self.zero_init else _kernel_init,
-            bias_init=zeros if self.zero_init else _bias_init(x.shape[-1]),
+            kernel_init=_kernel_init,
+            bias_init=_bias_init(x.shape[-1]),
             name="dense",
         )(x)
 
@@ -77,14 +75,11 @@ class MLP(nn.Module):
     """Linear layers with GELU between them: [..., in] -> [..., widths[-1]]."""
 
     widths: Sequence[int]
-    zero_outputs: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        last = len(self.widths) - 1
         for i, width in enumerate(self.widths):
-            zero = self.zero_outputs and i == last
-            x = Linear(width, zero_init=zero, name=f"linear_{i}")(x if i == 0 else gelu(x))
+            x = Linear(width, name=f"linear_{i}")(x if i == 0 else gelu(x))
         return x
 
 
@@ -97,7 +92,6 @@ class ResidualMLP(nn.Module):
     width: int
     depth: int
     features: int
-    zero_outputs: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -105,4 +99,4 @@ class ResidualMLP(nn.Module):
         for i in range(self.depth):
             h = layer_norm(name=f"norm_{i}")(x)
             x = x + MLP((2 * self.width, self.width), name=f"block_{i}")(h)
-        return Linear(self.features, zero_init=self.zero_outputs, name="outputs")(x)
+        return Linear(self.features, name="outputs")(x)

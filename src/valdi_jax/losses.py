@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from valdi_jax import model, regression
+from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.dynamics import masked_mean, training_prediction
 from valdi_jax.sigreg import sigreg
@@ -80,9 +80,8 @@ def objective(
     trajectory = jnp.concatenate([z[:, None], predicted], axis=1)  # [B, H + 1, D]
 
     reward_target = chunk_rewards(rewards, discount=learn.discount)
-    reward_outputs = model.reward_outputs(params, trajectory, batch.actions, config=config)
-    reward_errors = regression.loss(reward_outputs, reward_target, kind=config.model.head_kind)
-    reward_loss = masked_mean(reward_errors, valid)
+    reward_pred = model.reward(params, trajectory, batch.actions, config=config)
+    reward_loss = masked_mean((reward_pred - reward_target) ** 2, valid)
 
     value_target = td_targets(
         rewards,
@@ -90,10 +89,8 @@ def objective(
         terminals,
         discount=learn.discount,
     )
-    value_outputs = model.value_outputs(params, trajectory, config=config)  # [E, B, H + 1, O]
-    value_errors = regression.loss(value_outputs, value_target, kind=config.model.head_kind)
-    value_loss = masked_mean(value_errors, valid)
-    value_preds = regression.decode(value_outputs, kind=config.model.head_kind)
+    value_preds = model.values(params, trajectory, config=config)  # [E, B, H + 1]
+    value_loss = masked_mean((value_preds - value_target) ** 2, valid)
 
     sigreg_loss = sigreg(z, draws.directions, knots=learn.sigreg_knots)
 

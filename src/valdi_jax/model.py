@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from valdi_jax import regression
 from valdi_jax.config import Config
 from valdi_jax.dynamics import imagine, init_dynamics
 from valdi_jax.encoder import Encoder
@@ -22,9 +21,7 @@ __all__ = [
     "init_params",
     "parameter_count",
     "reward",
-    "reward_outputs",
     "value",
-    "value_outputs",
     "values",
 ]
 
@@ -94,25 +91,14 @@ def encode_targets(params: Params, observation: Observation, *, config: Config) 
     return latents.reshape(*lead, -1)
 
 
-def reward_outputs(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
-    """The reward head's outputs [..., O], from which `regression` takes loss and number."""
-    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
-
-
 def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
     """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
-    outputs = reward_outputs(params, z, actions, config=config)
-    return regression.decode(outputs, kind=config.model.head_kind)
-
-
-def value_outputs(params: Params, z: Array, *, config: Config) -> Array:
-    """The outputs [E, ..., O] of every value head."""
-    return ValueHeads(config.model).apply({"params": params["value"]}, z)
+    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:
     """Estimates [E, ...] of every value head at a latent [..., D]."""
-    return regression.decode(value_outputs(params, z, config=config), kind=config.model.head_kind)
+    return ValueHeads(config.model).apply({"params": params["value"]}, z)
 
 
 def value(params: Params, z: Array, *, config: Config) -> Array:

@@ -116,7 +116,7 @@ def train(
             learner.restore(checkpoint.load_episode(run_dir, number, example, config))
         if learner.devices > 1:
             display.say(f"planning and learning on {learner.devices} devices")
-            stack.enter_context(learner.sharing_plans())
+        stack.enter_context(learner.sharing_plans())
         pool = make_pool(
             factory,
             config.collect.num_envs,

@@ -10,7 +10,7 @@ Shape legend, used in every docstring of this package:
 
 A chunk of actions is stored flat, ``[C * A]``. Rewards are per environment step; the discount is
 per environment step too, so one world-model step discounts by ``discount ** C``. With
-``env.action_repeat`` an environment step is a whole hold. ``O`` are the outputs of a head.
+``env.action_repeat`` an environment step is a whole hold.
 """
 
 from __future__ import annotations
