@@ -96,21 +96,16 @@ def dynamics_products(model: ModelConfig, batch: int) -> Products:
             batch, model.latent_dim + chunk, model.mlp_width, model.mlp_depth, model.latent_dim
         )
         return scaled(one, model.horizon)
-    rows, width, hidden = (
-        batch * (model.horizon + 1),
-        model.transformer_width,
-        model.transformer_hidden,
-    )
-    block = Counter()
-    for shape in (
-        (rows, width, 3 * width),
-        (rows, width, width),
-        (rows, width, hidden),
-        (rows, hidden, width),
-    ):
-        block[shape] += model.transformer_depth
-    block[batch * model.horizon, width, model.latent_dim] += 1
-    return block
+    width, hidden = model.transformer_width, model.transformer_hidden
+    depth = model.transformer_depth
+    tokens, answers = batch * (model.horizon + 1), batch * model.horizon
+    products = Counter({(answers, width, model.latent_dim): 1})
+    products[tokens, width, 3 * width] += depth
+    # The last block goes on without the condition token.
+    for rows, times in ((tokens, depth - 1), (answers, 1)):
+        for shape in ((rows, width, width), (rows, width, hidden), (rows, hidden, width)):
+            products[shape] += times
+    return products
 
 
 def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Products:

@@ -12,14 +12,18 @@ from valdi_jax.types import Array
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block without biases: [..., tokens, width] -> the same."""
+    """Pre-norm transformer block without biases: [..., tokens, width] -> [..., answers, width].
+
+    All tokens are attended to; only the last ``answers`` of them go on.
+    """
 
     heads: int
     hidden: int
+    answers: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        *lead, tokens, width = x.shape
+        tokens, width = x.shape[-2:]
         h = Linear(3 * width, use_bias=False, name="qkv")(
             layer_norm(use_bias=False, name="attention_norm")(x)
         )
@@ -27,7 +31,8 @@ class Block(nn.Module):
             part.reshape(-1, tokens, self.heads, width // self.heads)
             for part in jnp.split(h, 3, axis=-1)
         )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(*lead, tokens, width)
+        x, q = x[..., -self.answers :, :], q[:, -self.answers :]
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         x = x + Linear(width, use_bias=False, name="projection")(h)
         h = layer_norm(use_bias=False, name="mlp_norm")(x)
         h = Linear(self.hidden, use_bias=False, name="mlp_in")(h)
@@ -91,6 +96,10 @@ class DiffusionTransformer(nn.Module):
         )
         x = jnp.concatenate([condition[..., None, :], tokens], axis=-2)
         for i in range(config.transformer_depth):
-            x = Block(config.transformer_heads, config.transformer_hidden, name=f"block_{i}")(x)
-        x = layer_norm(use_bias=False, name="norm")(x[..., 1:, :])
+            # No output is read off the condition token: after the last attention it is dropped.
+            answers = horizon if i == config.transformer_depth - 1 else horizon + 1
+            x = Block(
+                config.transformer_heads, config.transformer_hidden, answers, name=f"block_{i}"
+            )(x)
+        x = layer_norm(use_bias=False, name="norm")(x)
         return Linear(noised.shape[-1], use_bias=False, name="velocity")(x)
