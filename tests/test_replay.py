@@ -64,6 +64,19 @@ def test_episodes_are_drawn_uniformly_and_so_are_their_starts():
     assert counts.min() > 0.6 * counts.mean()
 
 
+def test_drawn_by_step_every_place_in_the_replay_is_as_likely():
+    # After the ring has turned, with an episode that holds no segment in between.
+    config = CONFIG.replace(replay={"capacity": 4, "sampling": "step"})
+    replay = Replay(config)
+    for number, length in enumerate((50, SPAN, 5, SPAN + 8, SPAN + 29)):
+        replay.add(episode(number, length))
+    first = sample(replay, 0, 8000).observations.vector[:, 0]
+    places, counts = np.unique(first, axis=0, return_counts=True)
+    expected = [(1, 0)] + [(3, start) for start in range(9)] + [(4, start) for start in range(30)]
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_allclose(counts, 200, atol=70)  # five standard deviations
+
+
 def test_only_the_segment_that_holds_the_terminal_step_is_marked():
     replay = filled(episode(0, SPAN + 3, terminated=True), episode(1, SPAN + 3))
     batch = sample(replay, 0, 500)

@@ -143,6 +143,9 @@ class LearnConfig:
     """Factor on the rewards that the heads learn from; it changes no reported return."""
     updates_per_dispatch: int = 8
     """Updates made in one call, at most, where the replay is on the device."""
+    devices: int = 0
+    """Devices that share an update; 0 for all accelerators that there are, and one where devices
+    are only parts of a CPU, which an update fills by itself."""
     nonfinite_limit: int = 10
     """Updates in a row with a loss or gradient that is not finite, or planner answers likewise,
     after which training stops."""
@@ -181,6 +184,9 @@ class ReplayConfig:
 
     capacity: int = 1000
     """Episodes kept; the oldest goes first."""
+    sampling: Literal["episode", "step"] = "episode"
+    """Draw training segments evenly from the episodes, as the reference does, or from the steps in
+    all of them, so that a long episode counts for as many short ones as it has their steps."""
     placement: Literal["auto", "device", "host"] = "auto"
     """Where training segments are gathered: from a copy of the episodes on the device, several
     updates in one call, or on the host. auto: on an accelerator, if they fit and --env.max-steps
@@ -415,6 +421,7 @@ def validate(config: Config) -> None:
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
     least |= {"env.max_steps": 0, "env.action_repeat": 1} | least
     least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}
+    least |= {"learn.devices": 0}
     least |= {"collect.noise_start": 0, "collect.noise_end": 0}
     least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}
     most = {

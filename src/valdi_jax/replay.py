@@ -100,7 +100,7 @@ class Replay:
         return -(-steps // self._config.frame_stride)
 
     def draw(self, rng: np.random.Generator, batch_size: int) -> Segments:
-        """Draw segments: an episode uniformly, then a start uniformly within it.
+        """Draw segments, evenly from episodes or from places to start (``replay.sampling``).
 
         Args:
             rng: source of the draws; the same state gives the same segments.
@@ -112,12 +112,20 @@ class Replay:
         model, span = self._config.model, self._config.segment_steps
         stride, count = self._config.frame_stride, len(self._ring)
         oldest_first = [(self._oldest + i) % count for i in range(count)]
-        eligible = [slot for slot in oldest_first if self._starts(self._ring[slot])]
-        if not eligible:
+        places = np.array([self._starts(self._ring[slot]) for slot in oldest_first])
+        eligible = np.flatnonzero(places)
+        if not eligible.size:
             raise ValueError(f"no episode of at least {span} steps to sample from")
-        slots = np.array(eligible)[rng.integers(len(eligible), size=batch_size)]
+        if self._config.replay.sampling == "episode":
+            chosen = eligible[rng.integers(len(eligible), size=batch_size)]
+            starts = stride * rng.integers(places[chosen])
+        else:
+            ends_of = np.cumsum(places)
+            drawn_places = rng.integers(ends_of[-1], size=batch_size)
+            chosen = np.searchsorted(ends_of, drawn_places, side="right")
+            starts = stride * (drawn_places - (ends_of - places)[chosen])
+        slots = np.array(oldest_first)[chosen]
         drawn = [self._ring[slot] for slot in slots]
-        starts = stride * rng.integers([self._starts(episode) for episode in drawn])
         ends = np.array([len(episode) for episode in drawn])
         terminated = np.array([episode.terminated for episode in drawn])
         steps = starts[:, None] + np.arange(span)
