@@ -37,6 +37,7 @@ def variants(base: Config, names: list[str]) -> Iterator[tuple[str, Config]]:
         "chunk": {"env": {"render_every": "chunk"}},
         "overlap": {"collect": {"overlap": True}},
         "mlp": {"model": {"dynamics": "mlp"}},
+        "ema": {"learn": {"td_encoder": "ema"}},
         "device": {"replay": {"placement": "device"}},
     }
     for name in names:
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=1, help="environments in parallel")
     parser.add_argument(
         "--rows", nargs="+", default=["strict", "mlp"], metavar="ROW",
-        help="strict, or any of chunk, overlap, mlp and device joined by +",
+        help="strict, or any of chunk, overlap, mlp, ema and device joined by +",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from valdi_jax.update import init_state, shardings, update
 
 
 def losses_agree_with_one_device():
-    whole, split = shardings(16)
+    whole, split = shardings(16, 8)
     one = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
     eight = jax.device_put(init_state(jax.random.key(0), EXAMPLE, config=CONFIG), whole)
     for number in range(3):
@@ -33,7 +33,7 @@ def losses_agree_with_one_device():
 
 
 def devices_share_the_candidates_of_a_plan():
-    whole, _ = shardings(16)
+    whole, _ = shardings(16, 8)
     params = init_state(jax.random.key(0), EXAMPLE, config=CONFIG).params
     keys = jax.random.split(jax.random.key(1), 3)
     observations = jax.tree.map(lambda x: np.stack([x] * 3), EXAMPLE)
@@ -51,12 +51,17 @@ def devices_share_the_candidates_of_a_plan():
 
 
 def a_checkpoint_of_one_device_goes_on(directory, episodes):
-    output = io.StringIO()
-    config = CONFIG.replace(collect={"episodes": episodes})
-    state = train(config, directory, resume=True, make=make_counting, console=Console(file=output))
-    assert "planning and learning on 8 devices" in output.getvalue()
-    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
-    assert int(checkpoint.latest(directory).name) == episodes
+    # All devices learn, if asked to; parts of a CPU by themselves only plan.
+    for devices, sentence in ((8, "learning on 8"), (0, "learning on 1")):
+        output = io.StringIO()
+        config = CONFIG.replace(collect={"episodes": episodes}, learn={"devices": devices})
+        state = train(
+            config, directory, resume=True, make=make_counting, console=Console(file=output)
+        )
+        assert f"planning on 8 devices, {sentence}" in output.getvalue()
+        assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == (devices or 1)
+        assert int(checkpoint.latest(directory).name) == episodes
+        episodes += 1
 
 
 if __name__ == "__main__":

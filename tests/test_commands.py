@@ -87,6 +87,14 @@ def test_the_throughput_benchmark_accounts_for_its_time(tmp_path):
     assert 0.5 < sum(row["shares"].values()) <= 1
 
 
+def test_the_pytorch_benchmark_times_the_same_networks():
+    pytest.importorskip("torch", reason="needs the extra 'torch'")
+    script = ROOT / "benchmarks" / "pytorch_hz.py"
+    done = start(script, "--preset", "tiny", "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr  # it counts the parameters
+    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["plan", "update"]
+
+
 def test_compiled_programs_are_kept_for_accelerators_only(monkeypatch, tmp_path):
     kept = {}
     monkeypatch.setattr(jax.config, "update", kept.__setitem__)

@@ -27,7 +27,7 @@ def test_eight_devices_learn_as_one_does_and_share_its_checkpoints(tmp_path):
     run(tmp_path / "run", 3)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, HERE / "several_devices.py", tmp_path / "run", "5"],
+        [sys.executable, HERE / "several_devices.py", tmp_path / "run", "4"],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -40,4 +40,6 @@ def test_eight_devices_learn_as_one_does_and_share_its_checkpoints(tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
     with pytest.raises(UsageError, match=r"--learn\.batch-size is 8; 3 devices"):
-        shardings(8)
+        shardings(8, 3)
+    with pytest.raises(UsageError, match=r"--learn\.devices is 4; there are 3"):
+        shardings(8, 4)

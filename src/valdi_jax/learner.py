@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from valdi_jax import checkpoint
 from valdi_jax.config import Config
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.replay import Episode, Replay, Segments, Store, store_episode, store_shapes
-from valdi_jax.types import AgentState, Array, Batch, Observation
+from valdi_jax.types import AgentState, Array, Batch, Observation, Params
 from valdi_jax.update import observe, shardings, update, update_from_store
 
 _STORE_SHARE = 0.8  # of the device's free memory that a replay may take
@@ -26,7 +26,7 @@ class Learner:
     """An agent that learns from its replay.
 
     Args:
-        state: the agent, on one device; it is laid over all there are.
+        state: the agent, on one device; it is laid over all that share its updates.
         example: one observation, without a batch axis.
         config: the run's configuration.
         run_dir: where batches of updates that were not finite are kept.
@@ -40,7 +40,8 @@ class Learner:
         devices: how many share an update.
 
     Raises:
-        UsageError: if the replay cannot be where it is asked to be.
+        UsageError: if the replay cannot be where it is asked to be, or the devices cannot share
+            the updates.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Learner:
         self._say = say
         self._refused = 0  # updates in a row that were not finite
         self._under_way: _Dispatch | None = None
-        self.devices = jax.device_count()
-        whole, self._split = shardings(config.learn.batch_size) or (None, None)
+        on_cpu = jax.default_backend() == "cpu"
+        self.devices = config.learn.devices or (1 if on_cpu else jax.device_count())
+        whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
         self.state = state if whole is None else jax.device_put(state, whole)
         self.placement = place(example, config)
         self._store: Store | None = None
@@ -71,9 +73,16 @@ class Learner:
                 out_shardings=whole,
             )()
 
-    def sharing_plans(self) -> contextlib.AbstractContextManager:
-        """A context in which the devices that share an update share the candidates of a plan."""
-        return contextlib.nullcontext() if self._split is None else jax.set_mesh(self._split.mesh)
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[Params]:
+        """A context in which all devices share the candidates of a plan, and its parameters."""
+        params = self.state.params
+        if jax.device_count() == 1:
+            yield params
+            return
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        with jax.set_mesh(mesh):
+            yield jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def add(self, episode: Episode) -> None:
         """An episode that is new."""

@@ -38,7 +38,7 @@ from valdi_jax.update import init_state
 # What may differ between a run and its continuation: how long it goes on and what it reports.
 _CHANGEABLE = (
     *("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint."),
-    *("replay.placement", "learn.updates_per_dispatch"),
+    *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
 )
 
 
@@ -114,9 +114,8 @@ def train(
         learner = Learner(state, example, config=config, run_dir=run_dir, say=display.say)
         for number in digests:
             learner.restore(checkpoint.load_episode(run_dir, number, example, config))
-        if learner.devices > 1:
-            display.say(f"planning and learning on {learner.devices} devices")
-        stack.enter_context(learner.sharing_plans())
+        if (devices := jax.device_count()) > 1:
+            display.say(f"planning on {devices} devices, learning on {learner.devices}")
         pool = make_pool(
             factory,
             config.collect.num_envs,
@@ -222,7 +221,8 @@ class _Run:
             driven = self.drive_and_learn(numbers, noise_std, metrics)
         else:
             self.display.phase("driving")
-            driven = self.drive(self.learner.state.params, numbers, noise_std, self.check)
+            with self.learner.planning() as params:
+                driven = self.drive(params, numbers, noise_std, self.check)
         if self.pool.restarts > restarts:
             self.display.say(
                 f"warning: {self.pool.restarts - restarts} environment workers died or did not "
@@ -363,14 +363,15 @@ class _Run:
         """Drive fixed episodes without exploration noise."""
         config = self.config
         self.display.phase(f"evaluating on {config.eval.episodes} episodes")
-        driven = evaluate(
-            self.learner.state.params,
-            config,
-            episodes=config.eval.episodes,
-            num_envs=config.collect.num_envs,
-            make=self.make,
-            on_decision=self.check,
-        )
+        with self.learner.planning() as params:
+            driven = evaluate(
+                params,
+                config,
+                episodes=config.eval.episodes,
+                num_envs=config.collect.num_envs,
+                make=self.make,
+                on_decision=self.check,
+            )
         self.evaluated = self.progress.episodes
         returns = [result.episode.episode_return for result in driven]
         self.log.evaluation(
@@ -430,15 +431,16 @@ class _Run:
         seconds = []
         for _ in range(2):  # the first call compiles
             start = time.perf_counter()
-            plan = plan_batch(
-                self.learner.state.params,
-                jax.tree.map(lambda x: np.stack([x] * self.pool.size), example),
-                jax.random.split(self.drive_key, self.pool.size),
-                np.zeros(self.pool.size, np.int32),
-                np.float32(0),
-                config=self.config,
-            )
-            jax.block_until_ready(plan)
+            with self.learner.planning() as params:
+                plan = plan_batch(
+                    params,
+                    jax.tree.map(lambda x: np.stack([x] * self.pool.size), example),
+                    jax.random.split(self.drive_key, self.pool.size),
+                    np.zeros(self.pool.size, np.int32),
+                    np.float32(0),
+                    config=self.config,
+                )
+                jax.block_until_ready(plan)
             seconds.append(time.perf_counter() - start)
         self.display.say(
             f"note: a decision costs {seconds[-1]:.1f} s on this CPU; --preset cpu is sized for it"

@@ -64,23 +64,24 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
     )
 
 
-def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding] | None:
-    """How to lay a state and a batch over all devices; ``None`` where there is but one.
+def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedSharding] | None:
+    """How to lay a state and a batch over several devices; ``None`` for one.
 
     The state is on every device, the batch is split. The update needs no other change: its means,
     those of SIGReg among them, stay means over the whole batch.
 
     Raises:
-        UsageError: if the devices cannot share the batch evenly.
+        UsageError: if there are fewer devices, or they cannot share the batch evenly.
     """
-    count = jax.device_count()
-    if count == 1:
+    if devices == 1:
         return None
-    if batch_size % count:
+    if devices > jax.device_count():
+        raise UsageError(f"--learn.devices is {devices}; there are {jax.device_count()}")
+    if batch_size % devices:
         raise UsageError(
-            f"--learn.batch-size is {batch_size}; {count} devices cannot share it evenly"
+            f"--learn.batch-size is {batch_size}; {devices} devices cannot share it evenly"
         )
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
