@@ -55,6 +55,9 @@ def test_a_preset_for_another_environment_keeps_what_belongs_to_the_environment(
     config = default_config("mountaincar", "pendulum")
     assert config.env == PRESETS["mountaincar"].env
     assert (config.model.chunk, config.learn.reward_scale) == (1, 1)
+    assert default_config("bipedalwalker", "tiny").replay == dataclasses.replace(
+        PRESETS["tiny"].replay, sampling="step"
+    )
     other = default_config("gym:Pendulum-v1", "pendulum")
     assert other == PRESETS["pendulum"].replace(env={"name": "gym:Pendulum-v1"})
 
