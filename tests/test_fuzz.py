@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_replay import episode
 from toy import CONFIG
@@ -34,6 +34,7 @@ def places(data, path=()):
 
 @FUZZ
 @given(path=st.sampled_from(list(places(to_dict(CONFIG)))), value=JSON)
+@example(path=("env",), value={"\n": None})
 def test_a_configuration_is_read_or_refused(path, value):
     data = to_dict(CONFIG)
     inner = data

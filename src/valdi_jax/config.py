@@ -502,6 +502,7 @@ def from_dict(data: Any, cls: type = Config, path: str = "") -> Any:
     missing = sorted(set(hints) - set(data))
     if unknown or missing:
         what, name = ("unknown", unknown[0]) if unknown else ("missing", missing[0])
+        name = name if name.isprintable() else ascii(name)  # a line break, say
         raise UsageError(f"configuration field {path}{name} is {what}")
     return cls(**{name: _parse(data[name], hints[name], path + name) for name in hints})
 
