@@ -128,7 +128,6 @@ class Agent(nn.Module):
         x = torch.cat([condition[:, None], tokens], 1)
         for block in self.blocks:
             x = block(x)
-        # At the last timestep, from which a plan starts, the sample is all noise.
         return self.velocity(self.norm(x[:, 1:]))
 
     def value(self, z):
@@ -148,6 +147,7 @@ def plan(agent: Agent, config: Config, frame, vector):
         samples = mean + std * torch.randn(planner.candidates, *mean.shape)
         actions = torch.tanh(samples).view(planner.candidates, model.horizon, -1)
         noise = torch.randn(planner.candidates, model.horizon, model.latent_dim)
+        # At the last timestep the sample is all noise, and the clean estimate minus the velocity.
         imagined = -agent.denoise(z, actions, noise, last)
         states = torch.cat([z[:, None], imagined[:, :-1]], 1)
         rewards = agent.reward(torch.cat([states, actions], -1))[..., 0]
