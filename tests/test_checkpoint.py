@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import zipfile
 
 import chex
@@ -101,6 +102,8 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_run_without_checkpoints_says_so(run):
+    with pytest.raises(UsageError, match=r"is not a checkpoint: latest\(RUN\)"):
+        checkpoint.load_params(str(run), EXAMPLE, CONFIG)
     with pytest.raises(UsageError, match="holds no checkpoint yet"):
         checkpoint.latest(run)
 
@@ -228,6 +231,14 @@ def test_a_whole_run_goes_on_from_its_newest_checkpoint(driven):
     assert list(digests) == [0, 1, 2]
     assert sentences == []
     assert checkpoint.main([str(driven)]) == 0
+
+
+def test_a_checkpoint_that_a_kill_left_half_replaced_is_not_lost(driven):
+    newest = driven / "checkpoints" / "00000003"
+    newest.rename(newest.with_name("replaced-00000003"))
+    shutil.copytree(newest.with_name("replaced-00000003"), newest.with_name("partial-00000003"))
+    assert checkpoint.recover(driven)[0] == newest
+    assert checkpoint.verify(newest) == []
 
 
 def test_damage_to_any_file_of_a_checkpoint_is_found_by_name(driven):

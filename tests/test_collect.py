@@ -9,6 +9,7 @@ from toy import CONFIG, Counting
 from valdi_jax.collect import Job, drive, exploration_noise
 from valdi_jax.config import CollectConfig
 from valdi_jax.envs.workers import LocalPool, Pool
+from valdi_jax.errors import StoppedError
 from valdi_jax.model import init_params
 from valdi_jax.types import Observation
 
@@ -62,6 +63,17 @@ def test_an_episode_is_stored_with_its_true_length_and_flags(params, length, ste
     np.testing.assert_array_equal(episode.observations.vector[:, 1], np.arange(steps + 1))
     assert np.all(episode.observations.vector[:, 0] == 5)
     assert episode.episode_return == steps * (steps + 1) / 2
+
+
+def test_an_episode_may_hold_the_last_observation_alone(params):
+    whole, short = (
+        drive(params, LocalPool(Counting), jobs(5), config=CONFIG, keep_observations=keep)[0]
+        for keep in (True, False)
+    )
+    np.testing.assert_array_equal(short.episode.actions, whole.episode.actions)
+    np.testing.assert_array_equal(
+        short.episode.observations.vector, whole.episode.observations.vector[-1:]
+    )
 
 
 def test_several_environments_drive_every_job_and_answer_in_order(params):
@@ -161,5 +173,5 @@ def test_an_episode_lost_with_its_environment_is_driven_again(params, losses):
 
 def test_an_episode_that_always_loses_its_environment_is_given_up(params):
     pool = Losing(Counting, Counting, steps=range(100))
-    with pytest.raises(RuntimeError, match="the episode with the seed 1 lost its environment 5"):
+    with pytest.raises(StoppedError, match="the episode with the seed 1 lost its environment 5"):
         drive(params, pool, jobs(1, 2), config=CONFIG)

@@ -1,9 +1,14 @@
 import dataclasses
+import io
 
+import gymnasium as gym
 import pytest
+from rich.console import Console
+from toy import CONFIG
 
 from valdi_jax.config import PRESETS, default_config, validate
 from valdi_jax.errors import UsageError
+from valdi_jax.train import train
 
 
 def test_the_paper_preset_is_table_3():
@@ -110,3 +115,21 @@ def test_values_out_of_range_are_named(section, change, message):
     )
     with pytest.raises(UsageError, match=message):
         validate(config)
+
+
+def test_the_width_of_a_transformer_that_there_is_not_does_not_matter():
+    narrow = PRESETS["paper"].replace(model={"transformer_width": 32})
+    validate(narrow.replace(model={"dynamics": "mlp"}))
+
+
+def test_what_an_action_needs_is_checked_with_the_environments_own(tmp_path):
+    # With the three numbers of CarRacing's actions, chunks of 8 would not fit a token.
+    config = CONFIG.replace(model={"chunk": 8, "transformer_width": 34}, env={"max_steps": 60})
+    with pytest.raises(UsageError, match="must be at least 49"):
+        validate(config)
+    train(
+        config.replace(collect={"episodes": 1}),
+        tmp_path / "run",
+        make=lambda config, training: gym.make("Pendulum-v1", max_episode_steps=config.max_steps),
+        console=Console(file=io.StringIO()),
+    )

@@ -10,6 +10,7 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax.errors import UsageError
+from valdi_jax.learner import sharing
 from valdi_jax.train import train
 from valdi_jax.update import shardings
 
@@ -37,9 +38,17 @@ def test_eight_devices_learn_as_one_does_and_share_its_checkpoints(tmp_path):
     assert int(run(tmp_path / "run", 6, resume=True).step) == 12  # and back on one device
 
 
+def test_of_several_accelerators_as_many_learn_as_can_split_the_batch(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    assert sharing(CONFIG) == 1, "of a CPU's"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert sharing(CONFIG) == 4
+    assert sharing(CONFIG.replace(learn={"devices": 6})) == 6, "what is asked for may be refused"
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 3)
-    with pytest.raises(UsageError, match=r"--learn\.batch-size is 8; 3 devices"):
+    with pytest.raises(UsageError, match=r"is 8; 3 devices .*another --learn\.devices"):
         shardings(8, 3)
     with pytest.raises(UsageError, match=r"--learn\.devices is 4; there are 3"):
         shardings(8, 4)

@@ -13,7 +13,7 @@ from valdi_jax.envs import evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
 from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
-from valdi_jax.errors import UsageError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.types import Observation
 
 
@@ -63,6 +63,16 @@ def test_observations_and_actions_lie_in_their_spaces():
     env.close()
 
 
+def test_carracing_has_a_limit_of_its_own():
+    env = make_env(EnvConfig(max_steps=0), training=True)
+    env.reset(seed=3)
+    env.unwrapped.skip_frames = True
+    for step in range(1000):
+        truncated = env.step(np.zeros(3, np.float32))[3]
+        assert truncated == (step == 999)
+    env.close()
+
+
 def test_the_fixed_tracks_are_those_of_the_reference():
     seeds = evaluation_seeds(100)
     assert len(set(seeds)) == 100
@@ -74,6 +84,11 @@ def test_the_fixed_tracks_are_those_of_the_reference():
 def test_only_a_hundred_evaluation_episodes_exist(count):
     with pytest.raises(UsageError, match="between 1 and 100"):
         evaluation_seeds(count)
+
+
+def test_an_environment_of_a_factory_is_said_to_be_one():
+    with pytest.raises(UsageError, match="a program of your own makes"):
+        make_env(EnvConfig(name="gym"), training=True)
 
 
 def test_an_unknown_environment_is_answered_with_the_nearest():
@@ -260,6 +275,11 @@ def test_workers_leave_signals_to_the_parent():
         pool.close()
 
 
+def step(pool, actions):
+    pool.send(actions)
+    return pool.receive(actions)
+
+
 def test_worker_processes_answer_as_a_local_environment_does():
     actions = np.zeros((3, 3), np.float32)
     pool = workers(functools.partial(Counting, length=5), 2)
@@ -269,7 +289,7 @@ def test_worker_processes_answer_as_a_local_environment_does():
             first = pool.reset({index: 42 + index})[index]
             np.testing.assert_array_equal(first.vector, local.reset({0: 42 + index})[0].vector)
             for count, terminated in ((3, False), (2, True)):
-                there, here = pool.step({index: actions})[index], local.step({0: actions})[0]
+                there, here = step(pool, {index: actions})[index], step(local, {0: actions})[0]
                 assert there.rewards == here.rewards
                 assert len(there.rewards) == count
                 assert there.terminated == here.terminated == terminated
@@ -286,7 +306,7 @@ def test_a_failing_environment_in_a_worker_is_reported_with_its_traceback():
     try:
         pool.reset({0: 1})
         with pytest.raises(RuntimeError, match="the road is closed"):
-            pool.step({0: np.zeros((3, 3), np.float32)})
+            step(pool, {0: np.zeros((3, 3), np.float32)})
     finally:
         pool.close()
 
@@ -304,7 +324,7 @@ def test_a_worker_that_dies_is_replaced_and_the_others_go_on():
     try:
         pool.reset({0: 1, 1: 2})
         pool._workers[0].process.kill()
-        answers = pool.step(dict.fromkeys((0, 1), np.zeros((3, 3), np.float32)))
+        answers = step(pool, dict.fromkeys((0, 1), np.zeros((3, 3), np.float32)))
         assert list(answers) == [1]
         assert pool.restarts == 1
         assert pool.reset({0: 7})[0].vector[0] == 7
@@ -317,7 +337,7 @@ def test_a_worker_that_hangs_is_replaced():
     try:
         pool.reset({0: 1})
         pool._timeout = 0.5  # it has started by now
-        assert pool.step({0: np.zeros((3, 3), np.float32)}) == {}
+        assert step(pool, {0: np.zeros((3, 3), np.float32)}) == {}
         pool._timeout = 15
         assert pool.reset({0: 7})[0].vector[0] == 7
     finally:
@@ -328,7 +348,7 @@ def test_a_worker_that_is_lost_again_and_again_is_given_up():
     pool = workers(functools.partial(os._exit, 9), 1)
     try:
         assert pool.reset({0: 1}) == pool.reset({0: 1}) == {}
-        with pytest.raises(RuntimeError, match=r"env-0 was lost 3 times in a row \(exit code 9"):
+        with pytest.raises(StoppedError, match=r"env-0 was lost 3 times in a row \(exit code 9"):
             pool.reset({0: 1})
     finally:
         pool.close()
@@ -345,7 +365,7 @@ def test_of_a_chunk_only_the_last_observation_may_be_kept(where):
     try:
         pool.reset({0: 1})
         for steps, rewards in ((3, [1, 2, 3]), (5, [4, 5])):
-            answer = pool.step({0: np.zeros((3, 3), np.float32)})[0]
+            answer = step(pool, {0: np.zeros((3, 3), np.float32)})[0]
             assert answer.rewards == rewards
             assert [o.vector[1] for o in answer.observations] == [steps]
     finally:
@@ -356,8 +376,8 @@ def test_observations_of_workers_are_not_written_over():
     pool = workers(Counting, 1)
     try:
         first = pool.reset({0: 1})[0]
-        steps = pool.step({0: np.zeros((3, 3), np.float32)})[0]
-        pool.step({0: np.zeros((3, 3), np.float32)})
+        steps = step(pool, {0: np.zeros((3, 3), np.float32)})[0]
+        step(pool, {0: np.zeros((3, 3), np.float32)})
         assert first.vector[1] == 0
         assert [o.vector[1] for o in steps.observations] == [1, 2, 3]
     finally:

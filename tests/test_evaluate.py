@@ -27,6 +27,8 @@ def test_the_summary_by_hand():
     assert numbers["standard_error"] == pytest.approx(6**0.5 / 8**0.5)
     outlier = evaluate.summary([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1000.0])
     assert outlier["interquartile_mean"] == 1
+    assert evaluate.summary([3.0, 3.0])["standard_error"] == 0
+    assert evaluate.summary([3.0])["standard_error"] is None
 
 
 def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsys):
@@ -43,6 +45,12 @@ def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsy
         assert [e["length"] for e in result["episodes"]] == [60, 60]
         assert len({e["seed"] for e in result["episodes"]}) == 2
     assert f"{results[0]['mean']:.1f}" in capsys.readouterr().out
+
+
+def test_an_earlier_checkpoint_can_be_driven(run, capsys):
+    path = run / "checkpoints" / "00000000"
+    assert evaluate.main([str(path), "--episodes", "1"]) == 0
+    assert f"{path}, 1 episodes" in capsys.readouterr().out
 
 
 def test_the_same_parameters_drive_the_same_way(run, tmp_path):

@@ -1,6 +1,14 @@
 import ast
+import io
 import re
 from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from toy import CONFIG, make_counting
+
+from valdi_jax.progress import read_jsonl
+from valdi_jax.train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,16 +21,37 @@ def test_the_python_example_runs_as_printed(capsys):
 
 
 def test_your_environment_trains_as_written(tmp_path, monkeypatch, capsys):
-    (program,) = re.findall(
+    training, driving = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/your-environment.md").read_text(), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "your-environment.md", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(compile(training, "your-environment.md", "exec"), names)
     printed = capsys.readouterr().out
     summary = ast.literal_eval(printed[printed.rindex("{") :])
     # Who stays where it is pays about a distance of 1 at each of the 30 steps.
     assert summary["mean"] > -10
     assert (tmp_path / "runs/reach/checkpoints/00000040").is_dir()
+    exec(compile(driving, "your-environment.md", "exec"), names)
+    env = names["Reach"]()
+    env.reset(seed=0)
+    standing_still = -30 * np.linalg.norm(env.position - env.target)
+    assert standing_still < -30
+    assert float(capsys.readouterr().out) > 0.7 * standing_still
+
+
+def test_every_metric_is_explained(tmp_path):
+    train(
+        CONFIG.replace(collect={"episodes": 4}),
+        tmp_path,
+        make=make_counting,
+        console=Console(file=io.StringIO()),
+    )
+    explained = (ROOT / "docs/metrics.md").read_text()
+    for name in ("metrics", "evaluations"):
+        *_, record = read_jsonl(tmp_path / f"{name}.jsonl")
+        for key in record:
+            assert "/" not in key or f"`{key}`" in explained, key
 
 
 def test_every_file_that_the_readme_links_to_exists():

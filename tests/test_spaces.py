@@ -105,6 +105,23 @@ def test_a_float_image_is_the_same_image():
     np.testing.assert_array_equal(plain.reset(5).image, scaled.reset(5).image)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_an_error_from_the_first_on(bad):
+    image = Box(0, 1, (32, 32, 3), np.float32)
+    for space in (Box(-np.inf, np.inf, (3,), np.float32), image):
+        observation = np.zeros(space.shape, np.float32)
+        observation[-1] = bad
+
+        class Broken(gym.Env):
+            observation_space, action_space = space, ONE
+
+            def reset(self, *, seed=None, options=None, first=observation):
+                return first, {}
+
+        with pytest.raises(ValueError, match=f"observation is not finite: {bad}"):
+            Stepper(Broken).reset(0)
+
+
 def test_a_dicts_vectors_are_joined_in_its_order():
     spaces = Dict(b=Box(-1, 1, (2, 2)), a=Box(-9, 9, (), np.float64), c=Box(0, 9, (1,), np.int64))
     interface = Interface(spaces, ONE)

@@ -173,7 +173,74 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
     _, output = run(tmp_path / "run", 2, resume=True)
     assert "nothing to do: 2 of 2 episodes" in output
+    with pytest.raises(UsageError, match=r"--collect\.episodes is 1, but the run has driven 2"):
+        run(tmp_path / "run", 1, resume=True)
+    assert checkpoint.load_config(tmp_path / "run").collect.episodes == 2
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
+
+
+# Of the five episodes the last three make three updates each; an evaluation follows.
+@pytest.mark.parametrize("at", ["update", "evaluation"])
+def test_a_run_interrupted_at_its_very_end_still_comes_to_it(tmp_path, monkeypatch, at):
+    config = CONFIG.replace(eval={"every": 5})
+    straight, _ = run(tmp_path / "straight", 5, config=config)
+
+    def interrupting(function, when):
+        def call(*args, **kwargs):
+            if when(args):
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return call
+
+    if at == "update":  # the second of the last three
+        update = interrupting(learner_module.update, lambda args: int(args[0].step) == 7)
+        monkeypatch.setattr(learner_module, "update", update)
+    else:
+        evaluate = interrupting(train_module.evaluate, lambda args: True)
+        monkeypatch.setattr(train_module, "evaluate", evaluate)
+    with pytest.raises(cli.Interrupted, match="SIGINT"):
+        run(tmp_path / "run", 5, config=config)
+    monkeypatch.undo()
+    resumed, output = run(tmp_path / "run", 5, config=config, resume=True)
+    assert "nothing to do" not in output
+    assert int(resumed.step) == 9
+    chex.assert_trees_all_equal(resumed.params, straight.params)
+    assert [r["episode"] for r in read_jsonl(tmp_path / "run" / "evaluations.jsonl")] == [4]
+    _, output = run(tmp_path / "run", 5, config=config, resume=True)
+    assert "nothing to do" in output
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path):
+    bad = CONFIG.replace(replay={"placement": "device"}, env={"max_steps": 0})
+    with pytest.raises(UsageError, match=r"give --env\.max-steps"):
+        run(tmp_path / "run", 2, config=bad)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"--learn\.devices is 9"):
+        run(tmp_path / "run", 2, config=CONFIG.replace(learn={"devices": 9}))
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", 2)
+
+
+def test_an_environment_that_raises_does_not_cost_what_was_learnt(tmp_path):
+    def failing(config, training):
+        env = make_counting(config, training=training)
+        reset = env.reset
+
+        def reset_or_fail(*, seed):
+            if next(resets) == 5:  # of the fourth episode: two resets were of an evaluation
+                raise OSError("the road is closed")
+            return reset(seed=seed)
+
+        env.reset = reset_or_fail
+        return env
+
+    resets = itertools.count()
+    with pytest.raises(OSError, match="the road is closed"):
+        run(tmp_path / "run", 5, make=failing)
+    assert checkpoint.latest(tmp_path / "run").name == "00000003"
+    state, _ = run(tmp_path / "run", 5, resume=True)
+    assert int(state.step) == 9
 
 
 def test_a_longer_run_remembers_its_length(tmp_path):
@@ -212,8 +279,9 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 def test_episodes_too_short_for_a_segment_do_not_stop_the_run(tmp_path):
-    state, _ = run(tmp_path / "run", 4, make=functools.partial(make_counting, length=4))
+    state, output = run(tmp_path / "run", 6, make=functools.partial(make_counting, length=4))
     assert int(state.step) == 0
+    assert output.count("no episode so far is as long as a training segment (18 steps)") == 1
     assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
 
 
@@ -254,6 +322,7 @@ def test_options_override_the_preset():
     [
         (["--preset", "papr"], "unknown preset 'papr'"),
         (["--model.dynamcs", "mlp"], "unknown option --model.dynamcs.*--model.dynamics"),
+        (["--frobnicate"], "unknown option --frobnicate: --help lists them all"),
         (["--planner.candidates", "many"], "--planner.candidates.*'many'"),
         (["--model.dynamics", "flow"], "invalid choice 'flow'"),
         (["--resume", "nowhere"], "nowhere is not a run directory"),
@@ -267,8 +336,10 @@ def test_bad_options_are_answered_in_one_sentence(argv, message):
 
 def test_a_run_resumes_only_with_its_own_settings(straight):
     directory, _, _ = straight
+    config = checkpoint.load_config(directory)
     with pytest.raises(UsageError, match=r"another learn.batch_size: the run has 8, not 16"):
-        parse_arguments(["--resume", str(directory), "--learn.batch-size", "16"])
+        run(directory, 5, resume=True, config=config.replace(learn={"batch_size": 16}))
+    assert checkpoint.load_config(directory) == config
     longer = parse_arguments(["--resume", str(directory), "--collect.episodes", "9"]).config
     assert longer.collect.episodes == 9
 

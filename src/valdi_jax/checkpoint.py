@@ -85,7 +85,10 @@ def create_run(run_dir: Path, config: Config) -> None:
     """
     try:
         if (run_dir / "config.json").exists():
-            raise UsageError(f"{run_dir} already holds a run: continue it with --resume {run_dir}")
+            raise UsageError(
+                f"{run_dir} already holds a run: continue it with --resume {run_dir} (from Python "
+                "with resume=True)"
+            )
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(run_dir, config)
     except OSError as error:
@@ -103,7 +106,7 @@ def load_config(run_dir: Path) -> Config:
     Raises:
         UsageError: if this is not a run directory, or its configuration is not valid.
     """
-    path = run_dir / "config.json"
+    path = Path(run_dir) / "config.json"
     try:
         if not path.is_file():
             raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
@@ -235,6 +238,10 @@ def recover(run_dir: Path) -> tuple[Path | None, dict[int, str], list[str]]:
     Raises:
         UsageError: if there are checkpoints, but none that is whole.
     """
+    for replaced in (run_dir / "checkpoints").glob("replaced-" + "[0-9]" * 8):
+        final = replaced.with_name(replaced.name.removeprefix("replaced-"))
+        if not final.exists():  # a kill came after it was moved, before the new one was there
+            replaced.rename(final)
     found = checkpoints(run_dir)
     damage = {path: verify(path) for path in found}
     whole = [path for path in found if not damage[path]]
@@ -291,7 +298,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("[0-9]" * 8))
+    return sorted((Path(run_dir) / "checkpoints").glob("[0-9]" * 8))
 
 
 def latest(run_dir: Path) -> Path:
@@ -306,17 +313,27 @@ def latest(run_dir: Path) -> Path:
     return found[-1]
 
 
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """The run directory that is meant, and the checkpoint, where it is one of its checkpoints."""
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent, path
+    return path, None
+
+
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
     """The online networks of a checkpoint.
 
     Args:
-        checkpoint: its directory.
+        checkpoint: its directory, such as `latest` gives.
         observation: example that the encoder is built for.
         config: the run's configuration.
 
     Raises:
-        UsageError: if the checkpoint was made for other shapes.
+        UsageError: if this is not a checkpoint, or it was made for other shapes.
     """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / "params").is_dir():
+        raise UsageError(f"{checkpoint} is not a checkpoint: latest(RUN) gives the newest of a run")
     template = jax.eval_shape(
         lambda key: init_params(key, observation, config=config), jax.random.key(0)
     )
@@ -335,9 +352,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
         lambda key: init_state(key, observation, config=config), jax.random.key(0)
     )
     params = load_params(checkpoint, observation, config)
-    training = _load_tree(
-        checkpoint / "training", jax.eval_shape(lambda state: _training_tree(state), template)
-    )
+    training = _load_tree(checkpoint / "training", jax.eval_shape(_training_tree, template))
     state = AgentState(
         params=params,
         ema_params=training["ema_params"],

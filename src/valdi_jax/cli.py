@@ -39,8 +39,9 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **sett
         if token.startswith("--"):
             name = token.split("=", 1)[0].replace("_", "-")
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise UsageError(f"unknown option {name}: did you mean {near}?")
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+                raise UsageError(f"unknown option {name}: {hint}")
     wants_help = "-h" in argv or "--help" in argv
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(output):
@@ -105,11 +106,11 @@ def cache_compilations() -> None:
 
 def compile_cost() -> tuple[float, int]:
     """Seconds that this process has spent compiling, and programs that the cache held."""
-    return sum(_compile_seconds), len(_cache_hits)
+    return sum(_compile_seconds), sum(_cache_hits)
 
 
 _compile_seconds: list[float] = []
-_cache_hits: list[None] = []
+_cache_hits: list[int] = []
 
 
 def _on_duration(event: str, seconds: float, **_: object) -> None:
@@ -119,7 +120,7 @@ def _on_duration(event: str, seconds: float, **_: object) -> None:
 
 def _on_event(event: str, **_: object) -> None:
     if event == "/jax/compilation_cache/cache_hits":
-        _cache_hits.append(None)
+        _cache_hits.append(1)
 
 
 monitoring.register_event_duration_secs_listener(_on_duration)
@@ -148,7 +149,6 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @contextlib.contextmanager
@@ -167,6 +167,11 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if received:
             raise KeyboardInterrupt
         received.append(signum)
+        os.write(
+            2,
+            b"\nstopping after the step under way (the first ones compile for a while); "
+            b"a second signal exits at once and saves nothing\n",
+        )
 
     def check() -> None:
         if received:

@@ -14,11 +14,12 @@ import numpy as np
 
 from valdi_jax.config import CollectConfig, Config
 from valdi_jax.envs.workers import Pool
+from valdi_jax.errors import StoppedError
 from valdi_jax.planner import plan
 from valdi_jax.replay import Episode
 from valdi_jax.types import Array, Observation, Params
 
-_LOSSES = 5  # of its environment that an episode may suffer, before it is given up
+_EPISODE_LOSSES = 5  # of its environment that an episode may suffer, before the drive is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ def drive(
     config: Config,
     noise_std: float = 0.0,
     groups: int = 1,
+    keep_observations: bool = True,
     on_decision: Callable[[], None] = lambda: None,
 ) -> list[Driven]:
     """Drive an episode for every job, the planner batched over the environments of the pool.
@@ -105,12 +107,13 @@ def drive(
         config: the run's configuration.
         noise_std: exploration noise.
         groups: of environments, each planned for in its turn while the others step.
+        keep_observations: whether the episodes are to hold them all, or the last alone.
         on_decision: called before every planner call; what it raises ends the drive.
 
     Returns: the episodes in the order of the jobs.
 
     Raises:
-        RuntimeError: if an episode has lost its environment too often: it would again.
+        StoppedError: if an episode has lost its environment too often: it would again.
     """
     jobs = list(jobs)
     waiting = list(enumerate(jobs))[::-1]
@@ -121,12 +124,12 @@ def drive(
     under_way: list[dict[int, _Slot]] = [{} for _ in parts]
     while waiting or any(under_way):
         for part, slots in zip(parts, under_way, strict=True):
-            for lost in _receive(pool, slots, finished):
+            for lost in _receive(pool, slots, finished, keep_observations):
                 losses[lost.number] += 1
-                if losses[lost.number] == _LOSSES:
-                    raise RuntimeError(
+                if losses[lost.number] == _EPISODE_LOSSES:
+                    raise StoppedError(
                         f"the episode with the seed {lost.job.seed} lost its environment "
-                        f"{_LOSSES} times: the worker died or did not answer"
+                        f"{_EPISODE_LOSSES} times: the worker died or did not answer"
                     )
                 waiting.append((lost.number, lost.job))
             free = [index for index in part if index not in slots]
@@ -167,7 +170,9 @@ def drive(
     return [finished[number] for number in range(len(jobs))]
 
 
-def _receive(pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven]) -> list[_Slot]:
+def _receive(
+    pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven], keep_observations: bool
+) -> list[_Slot]:
     """Take in what the chunks led to that these environments were sent.
 
     Returns: those whose environment was lost.
@@ -179,6 +184,8 @@ def _receive(pool: Pool, slots: dict[int, _Slot], finished: dict[int, Driven]) -
     for index, steps in answers.items():
         slot = slots[index]
         slot.observations += steps.observations
+        if not keep_observations:
+            del slot.observations[:-1]
         slot.actions.append(slot.chunk[: len(steps.rewards)])
         slot.rewards += steps.rewards
         slot.env_seconds[-1] += seconds

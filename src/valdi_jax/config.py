@@ -429,9 +429,9 @@ def validate(config: Config) -> None:
     if config.env.max_steps:  # or no episode holds a training segment
         least["env.max_steps"] = (config.segment_steps - 1) * config.env.action_repeat + 1
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
-    least |= {"env.max_steps": 0, "env.action_repeat": 1} | least
-    least |= {"env.patience": 0, "eval.every": 0, "seed": 0, "learn.updates_per_step": 0}
-    least |= {"learn.devices": 0}
+    least.setdefault("env.max_steps", 0)
+    least |= {"env.action_repeat": 1, "env.patience": 0, "eval.every": 0, "seed": 0}
+    least |= {"learn.updates_per_step": 0, "learn.devices": 0}
     least |= {"collect.noise_start": 0, "collect.noise_end": 0}
     least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}
     most = {
@@ -463,6 +463,8 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"--model.cnn-channels is {model.cnn_channels}; it must be five numbers above 0"
         )
+    if model.dynamics == "mlp":
+        return
     if model.transformer_width % model.transformer_heads:
         raise UsageError(
             f"--model.transformer-width is {model.transformer_width}; it must be a multiple of "

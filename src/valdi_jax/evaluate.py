@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ class Arguments:
     """Command line of the evaluation command."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory; its last checkpoint is driven."""
+    """Run directory, of which the last checkpoint is driven, or one of its checkpoints."""
     episodes: int = 100
     """How many of the 100 fixed episodes (CarRacing: tracks) to drive."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
@@ -69,7 +70,7 @@ def evaluate(
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
 
-    Returns: one result an episode, in order.
+    Returns: one result an episode, in order; of its observations it holds the last alone.
     """
     factory = functools.partial(make, config.env, training=False)
     interface = interface_of(factory)
@@ -83,7 +84,14 @@ def evaluate(
         timeout=config.collect.worker_timeout,
     )
     try:
-        return drive(params, pool, _jobs(episodes), config=config, on_decision=on_decision)
+        return drive(
+            params,
+            pool,
+            _jobs(episodes),
+            config=config,
+            keep_observations=False,
+            on_decision=on_decision,
+        )
     finally:
         pool.close()
 
@@ -114,10 +122,11 @@ def record_video(params: Params, config: Config, path: Path) -> Driven:
         UsageError: if the file cannot be written, or the optional dependency is missing.
     """
     write = _video_writer(path)
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains without a screen
     env = make_env(config.env, training=False, render_mode="rgb_array")
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
-    (driven,) = drive(params, pool, _jobs(1), config=config)
+    (driven,) = drive(params, pool, _jobs(1), config=config, keep_observations=False)
     fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
     write(env.render(), fps / config.env.action_repeat)  # there is one frame of each hold
     pool.close()
@@ -140,7 +149,8 @@ def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
             frames = [frame[::2, ::2] for frame in frames[::every]]
             imageio.imwrite(path, frames, duration=1000 * every / fps, loop=0)
         else:
-            imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG")
+            # Even sides are all that the codec needs; imageio would scale to multiples of 16.
+            imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG", macro_block_size=2)
 
     return write
 
@@ -171,7 +181,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
         description="Drive a trained agent on fixed episodes.",
     )
     # The run is known only after a first reading; its planner is the default of the second.
-    config = checkpoint.load_config(parse(default=Arguments(run=tyro.MISSING)).run)
+    run_dir, _ = checkpoint.locate(parse(default=Arguments(run=tyro.MISSING)).run)
+    config = checkpoint.load_config(run_dir)
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
     config = dataclasses.replace(config, planner=arguments.planner)
     if arguments.diffusion_steps and config.model.dynamics == "mlp":
@@ -202,9 +213,10 @@ def main(argv: Sequence[str]) -> int:
             f"{arguments.run} was trained with actions of size {config.model.action_dim}, but "
             f"those of {config.env.name} have size {interface.action_dim}"
         )
-    found = checkpoint.latest(arguments.run)
+    run_dir, found = checkpoint.locate(arguments.run)
+    found = found or checkpoint.latest(run_dir)
     for sentence in checkpoint.verify(found):
-        raise UsageError(f"{sentence}: see python -m valdi_jax.checkpoint {arguments.run}")
+        raise UsageError(f"{sentence}: see python -m valdi_jax.checkpoint {run_dir}")
     params = checkpoint.load_params(found, interface.example, config)
 
     if arguments.video:
@@ -229,9 +241,10 @@ def main(argv: Sequence[str]) -> int:
                 on_decision=functools.partial(bar.advance, task),
             )
         numbers = summary([result.episode.episode_return for result in driven])
+        error = numbers["standard_error"]
         plan_ms = 1e3 * float(np.median(np.concatenate([r.plan_seconds for r in driven])))
         print(
-            f"{steps:>6}{numbers['mean']:>9.1f}{numbers['standard_error'] or math.nan:>8.1f}"
+            f"{steps:>6}{numbers['mean']:>9.1f}{math.nan if error is None else error:>8.1f}"
             f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",
             flush=True,
         )

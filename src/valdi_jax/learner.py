@@ -59,11 +59,13 @@ class Learner:
         self._run_dir = run_dir
         self._say = say
         self._refused = 0  # updates in a row that were not finite
+        self._waiting = False  # for an episode to learn from, and this was said
         self._under_way: _Dispatch | None = None
-        on_cpu = jax.default_backend() == "cpu"
-        self.devices = config.learn.devices or (1 if on_cpu else jax.device_count())
+        self.devices = sharing(config)
         whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
-        self.state = state if whole is None else jax.device_put(state, whole)
+        # Also a single device is named, as for a state that is loaded: else the update would be
+        # compiled once for either.
+        self.state = jax.device_put(state, whole or jax.local_devices()[0])
         self.placement = place(example, config)
         self._store: Store | None = None
         if self.placement == "device":
@@ -103,23 +105,32 @@ class Learner:
             self._store, self.placement = None, "host"
 
     def learn(
-        self, due: int, metrics: list[dict[str, float]], check: Callable[[], None] = lambda: None
+        self,
+        due: int,
+        metrics: list[dict[str, float]],
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         """Make updates until there have been ``due``.
 
         Args:
             due: updates since the run began.
             metrics: each update's are appended.
-            check: called before every call of the device; what it raises ends the learning.
+            interrupt: called before every call of the device; what it raises ends the learning.
 
         Raises:
             StoppedError: if too many updates in a row were not finite.
         """
         if not self.replay.ready:
+            if due and not self._waiting:
+                self._waiting = True
+                self._say(
+                    "warning: no episode so far is as long as a training segment "
+                    f"({self._config.segment_steps} steps): nothing can be learnt"
+                )
             return
         try:
             while self.updates < due:
-                check()
+                interrupt()
                 self._dispatch(due - self.updates, metrics)
         finally:
             self._judge(metrics)
@@ -179,8 +190,11 @@ class Learner:
         names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
         sentence = f"{names} not finite in update {number}, which was refused"
         if len(list(self._run_dir.glob("nonfinite/*.npz"))) < limit:
-            path = checkpoint.save_batch(self._run_dir, number, batch)
-            sentence += f"; its batch is in {path}"
+            try:
+                path = checkpoint.save_batch(self._run_dir, number, batch)
+                sentence += f"; its batch is in {path}"
+            except OSError as error:
+                sentence += f"; its batch cannot be kept: {error.strerror}"
         self._say(f"warning: {sentence}")
         if self._refused >= limit:
             raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
@@ -193,6 +207,24 @@ class _Dispatch(NamedTuple):
     segments: list[Segments]  # of each
     batch: Batch | None  # of the only one, where it was gathered on the host
     values: dict[str, Array]  # their metrics, once they are made
+
+
+def check(example: Observation, config: Config) -> None:
+    """Refuse what no learner could serve, before anything is made for it.
+
+    Raises:
+        UsageError: as `Learner`.
+    """
+    place(example, config)
+    shardings(config.learn.batch_size, sharing(config))
+
+
+def sharing(config: Config) -> int:
+    """How many devices share an update: as many as are asked for, or can split the batch evenly."""
+    if config.learn.devices or jax.default_backend() == "cpu":
+        return config.learn.devices or 1
+    divisors = range(1, jax.device_count() + 1)
+    return max(n for n in divisors if config.learn.batch_size % n == 0)
 
 
 def place(example: Observation, config: Config) -> str:

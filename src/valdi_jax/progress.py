@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from valdi_jax.errors import UsageError
 
@@ -33,6 +32,9 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, *, episodes: int, say: Callable[[str], None] = print):
+        # Here, as it imports PyTorch if that is installed, for seconds.
+        from tensorboardX import SummaryWriter
+
         self._say = say
         self._files = {}
         for name in ("metrics", "evaluations"):

@@ -191,7 +191,8 @@ def store_shapes(example: Observation, config: Config) -> Store:
     length = config.episode_steps
     if not length:
         raise UsageError(
-            "--replay.placement device has to know how long an episode can be: give --env.max-steps"
+            "--replay.placement device has to know how long an episode can be: give "
+            "--env.max-steps, or --replay.placement host"
         )
     slots = min(config.replay.capacity, config.collect.episodes)
     frames = -(-length // config.frame_stride) + 1

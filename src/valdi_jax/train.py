@@ -29,13 +29,14 @@ from valdi_jax.envs import interface_of, make_env
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.evaluate import evaluate
-from valdi_jax.learner import Learner
+from valdi_jax.learner import Learner, check
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Episode
 from valdi_jax.types import AgentState, Array, Observation, Params
 from valdi_jax.update import init_state
 
-# What may differ between a run and its continuation: how long it goes on and what it reports.
+# What may differ between a run and its continuation: how long it goes on, what it reports, and
+# where it computes.
 _CHANGEABLE = (
     *("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint."),
     *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
@@ -79,30 +80,43 @@ def train(
     Returns: the trained agent.
 
     Raises:
-        UsageError: if the directory cannot serve, or the configuration is not valid.
+        UsageError: if the directory cannot serve, the configuration is not valid, or it is not
+            that of the run to go on with.
         cli.Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
-        StoppedError: if losses or scores stay not finite, likewise.
+        StoppedError: if losses or scores stay not finite, or an environment is lost for good,
+            likewise.
     """
-    validate(config)
+    # How large an action is follows from the environment, which the configuration comes before.
+    validate(config.replace(model={"action_dim": 1}))
     console = console or Console()
     factory = functools.partial(make, config.env, training=True)
     interface = interface_of(factory)
     example = interface.example
     config = config.replace(model={"action_dim": interface.action_dim})
     validate(config)
+    check(example, config)
     init_key, drive_key = jax.random.split(jax.random.key(config.seed))
-    if not resume:
+    if resume:
+        _refuse_changes(checkpoint.load_config(run_dir), config)
+    else:
         checkpoint.create_run(run_dir, config)
 
-    with cli.interruptible() as check, contextlib.ExitStack() as stack:
+    with cli.interruptible() as interrupt, contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.lock(run_dir))
         found, digests, sentences = checkpoint.recover(run_dir) if resume else (None, {}, [])
+        say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        say(f"run directory: {run_dir}")
         for sentence in sentences:
-            console.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
+            say(f"warning: {sentence}")
         if found:
             state, progress = checkpoint.load(found, example, config)
         else:  # also where a run ended before its first checkpoint
             state, progress = init_state(init_key, example, config=config), Progress()
+        if config.collect.episodes < progress.episodes:
+            raise UsageError(
+                f"--collect.episodes is {config.collect.episodes}, but the run has driven "
+                f"{progress.episodes} already"
+            )
         if resume:
             checkpoint.save_config(run_dir, config)
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
@@ -110,7 +124,6 @@ def train(
         display = Display(console, config.collect.episodes, progress.episodes, returns)
         log = RunLog(run_dir, episodes=progress.episodes, say=display.say)
         stack.callback(log.close)
-        display.say(f"run directory: {run_dir}")
         learner = Learner(state, example, config=config, run_dir=run_dir, say=display.say)
         for number in digests:
             learner.restore(checkpoint.load_episode(run_dir, number, example, config))
@@ -138,7 +151,7 @@ def train(
             log=log,
             display=display,
             make=make,
-            check=check,
+            interrupt=interrupt,
             drive_key=drive_key,
             evaluated=evaluations[-1]["episode"] + 1 if evaluations else 0,
             saved=progress if found else None,
@@ -166,7 +179,7 @@ class _Run:
     log: RunLog
     display: Display
     make: Callable[..., gym.Env]
-    check: Callable[[], None]  # raises Interrupted once a signal has come
+    interrupt: Callable[[], None]  # raises Interrupted once a signal has come
     drive_key: Array
     evaluated: int  # episodes at the last evaluation
     saved: Progress | None  # at the last checkpoint
@@ -179,9 +192,7 @@ class _Run:
     def go(self) -> None:
         """Run to the end, or to an interrupt; leave a checkpoint either way."""
         total = self.config.collect.episodes
-        if self.progress.episodes >= total:
-            self.display.say(f"nothing to do: {self.progress.episodes} of {total} episodes driven")
-            return
+        before = self.progress.episodes, self.learner.updates, self.evaluated
         overlap = self.config.collect.overlap
         try:
             while True:
@@ -195,11 +206,18 @@ class _Run:
                 if self.progress.episodes >= total:
                     break
                 self.round()
-        except (cli.Interrupted, StoppedError) as interrupt:
+        except Exception as error:  # an environment may raise whatever it likes
             self.save()
             saved = "saved" if self.saved == self.progress else "NOT saved"
-            self.display.say(f"{interrupt}: {saved}; continue with --resume {self.run_dir}")
+            expected = isinstance(error, (cli.Interrupted, StoppedError))
+            what = error if expected else f"{type(error).__name__} (the traceback follows)"
+            self.display.say(f"{what}: {saved}; continue with --resume {self.run_dir}")
             raise
+        if (self.progress.episodes, self.learner.updates, self.evaluated) == before:
+            self.display.say(
+                f"nothing to do: {total} of {total} episodes driven; --collect.episodes takes more"
+            )
+            return
         if self.saved != self.progress:
             self.save()
         if self.saved != self.progress:
@@ -222,7 +240,7 @@ class _Run:
         else:
             self.display.phase("driving")
             with self.learner.planning() as params:
-                driven = self.drive(params, numbers, noise_std, self.check)
+                driven = self.drive(params, numbers, noise_std, self.interrupt)
         if self.pool.restarts > restarts:
             self.display.say(
                 f"warning: {self.pool.restarts - restarts} environment workers died or did not "
@@ -257,12 +275,22 @@ class _Run:
         if self.learner.updates and not self.said_compiling:
             self.said_compiling = True
             seconds, spared = cli.compile_cost()
+            cached = jax.config.jax_compilation_cache_dir is not None
             self.display.say(
-                f"compiled for {seconds:.0f} s in all; {spared} programs came from the cache"
+                f"compiled for {seconds:.0f} s in all; "
+                + (
+                    f"{spared} programs came from the cache"
+                    if cached
+                    else "where JAX_COMPILATION_CACHE_DIR is set, the next start need not"
+                )
             )
 
     def drive(
-        self, params: Params, numbers: Sequence[int], noise_std: float, check: Callable[[], None]
+        self,
+        params: Params,
+        numbers: Sequence[int],
+        noise_std: float,
+        interrupt: Callable[[], None],
     ) -> list[Driven]:
         """Drive the training episodes of these numbers."""
         return drive(
@@ -272,7 +300,7 @@ class _Run:
             config=self.config,
             noise_std=noise_std,
             groups=2 if self.config.collect.overlap else 1,
-            on_decision=check,
+            on_decision=interrupt,
         )
 
     def drive_and_learn(
@@ -281,15 +309,15 @@ class _Run:
         """Drive in a thread with the parameters of now, and meanwhile learn what is owed."""
         over = threading.Event()
 
-        def check() -> None:
-            self.check()
+        def interrupt() -> None:
+            self.interrupt()
             if over.is_set():
                 raise StoppedError("learning has stopped")
 
         # A copy, as an update donates its own; on one device, though updates may be on several.
         params = jax.tree.map(jnp.copy, self.learner.state.params)
         params = jax.device_put(params, jax.local_devices()[0])
-        driving = self.executor.submit(self.drive, params, numbers, noise_std, check)
+        driving = self.executor.submit(self.drive, params, numbers, noise_std, interrupt)
         try:
             self.learn(metrics)
         except BaseException:
@@ -335,17 +363,20 @@ class _Run:
         owed = due - self.learner.updates
         if owed <= 0:
             return
-        self.display.phase(f"learning: {owed} updates")
+        compiling = "" if self.said_compiling else " (the first compiles)"
+        self.display.phase(f"learning: {owed} updates{compiling}")
         each: list[dict[str, float]] = []
         start = time.perf_counter()
         try:
-            self.learner.learn(due, each, self.check)
+            self.learner.learn(due, each, self.interrupt)
         finally:
             if each:
                 metrics |= _means(each)
                 metrics["time/learn_s"] = time.perf_counter() - start
                 metrics["time/update_ms"] = 1e3 * metrics["time/learn_s"] / len(each)
-        self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.clock)
+        if each:
+            seconds = time.monotonic() - self.clock
+            self.progress = dataclasses.replace(self.progress, seconds=seconds)
 
     def check_scores(self, driven: Sequence[Driven]) -> None:
         """Raises StoppedError if the planner had no finite score for too many episodes in a row."""
@@ -370,7 +401,7 @@ class _Run:
                 episodes=config.eval.episodes,
                 num_envs=config.collect.num_envs,
                 make=self.make,
-                on_decision=self.check,
+                on_decision=self.interrupt,
             )
         self.evaluated = self.progress.episodes
         returns = [result.episode.episode_return for result in driven]
@@ -492,12 +523,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         prog="python -m valdi_jax.train",
         description="Train a Valdi agent.",
     )
-    if resumed:
-        if arguments.run_dir:
-            raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
-        for name, old, new in _differences(to_dict(base), to_dict(arguments.config)):
-            if not name.startswith(_CHANGEABLE):
-                raise UsageError(f"cannot resume with another {name}: the run has {old}, not {new}")
+    if resumed and arguments.run_dir:
+        raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
     return arguments
 
 
@@ -509,6 +536,13 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
         if token.replace("_", "-").startswith(option + "="):
             return token.split("=", 1)[1]
     return None
+
+
+def _refuse_changes(old: Config, new: Config) -> None:
+    """Raises UsageError if a run cannot go on with another configuration than it has."""
+    for name, theirs, ours in _differences(to_dict(old), to_dict(new)):
+        if not name.startswith(_CHANGEABLE):
+            raise UsageError(f"cannot resume with another {name}: the run has {theirs}, not {ours}")
 
 
 def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, object, object]]:

@@ -75,6 +75,7 @@ class Plan:
     """What the planner answers."""
 
     actions: Array  # [H * C, A] in [-1, 1], one row an environment step
-    predicted_return: Array  # [] discounted return that the model predicts, exploration aside
+    predicted_return: Array  # [] discounted return that the model predicts, exploration aside; in
+    # rewards times learn.reward_scale, and what lies beyond the horizon is the value's estimate
     mean: Array  # [H * C, A] final CEM mean, before tanh
     std: Array  # [H * C, A] final CEM standard deviation, before tanh

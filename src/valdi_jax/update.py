@@ -56,7 +56,9 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
     """Let new vector observations [n, size] enter the normalisation, if the agent has one."""
     if "normalizer" not in state.params:
         return state
-    statistics = merge(state.params["normalizer"], vectors)
+    before = state.params["normalizer"]
+    # Laid out as before, or the update would be compiled for another layout.
+    statistics = jax.device_put(merge(before, vectors), jax.tree.map(lambda x: x.sharding, before))
     # The EMA's own copy, as both are donated to the update.
     return state.replace(
         params={**state.params, "normalizer": statistics},
@@ -79,7 +81,8 @@ def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedShardi
         raise UsageError(f"--learn.devices is {devices}; there are {jax.device_count()}")
     if batch_size % devices:
         raise UsageError(
-            f"--learn.batch-size is {batch_size}; {devices} devices cannot share it evenly"
+            f"--learn.batch-size is {batch_size}; {devices} devices cannot share it evenly: "
+            "give another --learn.devices"
         )
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))

@@ -44,10 +44,17 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
             config.name.removeprefix("gym:"), max_steps=config.max_steps, render_mode=render_mode
         )
     else:
-        near = difflib.get_close_matches(config.name, ["carracing", *_NAMED], n=1, cutoff=0)
+        if config.name == "gym":
+            raise UsageError(
+                "the environment 'gym' is one that a program of your own makes: go on and score "
+                "there (train and evaluate take make=...), or name a registered one with --env "
+                "gym:ID"
+            )
+        near = difflib.get_close_matches(config.name.lower(), ["carracing", *_NAMED], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            f"unknown environment {config.name!r}: did you mean {near[0]!r}? (gym:ID takes any "
-            "that is registered with Gymnasium)"
+            f"unknown environment {config.name!r}: {hint}gym:ID takes any that is registered with "
+            "Gymnasium"
         )
     return paced(env, action_repeat=config.action_repeat, patience=patience)
 
@@ -69,7 +76,7 @@ def make_registered(
     if ":" in name:
         raise UsageError(
             f"gym:{name} names a module to import, and a configuration may not import code: "
-            "register the environment in Python and train it with valdi_jax.train.train"
+            "see docs/your-environment.md for a program of three lines that may"
         )
     if render_mode is not None:  # else not passed on: an environment need not know of it
         settings["render_mode"] = render_mode

@@ -77,10 +77,11 @@ def make_carracing(
     through_terminals: bool = False,
     render_mode: str | None = None,
 ) -> gym.Env:
-    """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps."""
+    """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps (0: its own)."""
     from valdi_jax.envs.carracing_render import FastCarRacing  # only it needs pygame
 
-    env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), max_steps)
+    limit = max_steps or gym.spec("CarRacing-v3").max_episode_steps
+    env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), limit)
     if through_terminals:
         env = ThroughTerminals(env)
     env = paced(env, action_repeat=action_repeat, patience=patience)

@@ -74,7 +74,12 @@ class Interface:
         self.example = self.observe(zeros if named else zeros["observation"])
 
     def observe(self, observation: np.ndarray | dict[str, np.ndarray]) -> Observation:
-        """An observation of the environment as the agent sees it."""
+        """An observation of the environment as the agent sees it.
+
+        Raises:
+            ValueError: if it holds a value that is not finite: it would stay in the replay and in
+                the normalisation for good.
+        """
         parts = observation if self._named else {"observation": observation}
         image = vector = None
         if self._image is not None:
@@ -82,6 +87,7 @@ class Interface:
         if self._vectors:
             flat = [np.asarray(parts[name], np.float32).ravel() for name in self._vectors]
             vector = np.concatenate(flat)
+            _check_finite(vector)
         return Observation(image=image, vector=vector)
 
     def act(self, action: np.ndarray) -> np.ndarray:
@@ -90,6 +96,12 @@ class Interface:
         # The clip is for rounding only.
         scaled = np.clip(scaled, self._actions.low, self._actions.high)
         return scaled.astype(self._actions.dtype)
+
+
+def _check_finite(values: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise ValueError(f"the environment's observation is not finite: {values[~finite][0]}")
 
 
 def _is_image(box: gym.spaces.Box) -> bool:
@@ -109,6 +121,7 @@ def _check_image(name: str, box: gym.spaces.Box) -> None:
 def _to_uint8(image: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
     """Image of any dtype and layout -> uint8 [height, width, channels]."""
     if image.dtype != np.uint8:
+        _check_finite(image)
         low, high = box.low.astype(np.float64), box.high.astype(np.float64)
         image = np.rint(255 * np.clip((image - low) / (high - low), 0, 1)).astype(np.uint8)
     if image.ndim == 2:

@@ -23,9 +23,10 @@ import jax
 import numpy as np
 
 from valdi_jax.envs.spaces import Interface
+from valdi_jax.errors import StoppedError
 from valdi_jax.types import Observation
 
-_LOSSES = 3  # of one worker in a row, without an answer in between, are given up on
+_WORKER_LOSSES = 3  # of one worker in a row, without an answer in between, are given up on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,6 @@ class Stepper:
                 observation = self._env.redraw()
             if last or done or not self._last_only:
                 observations.append(self._interface.observe(observation))
-                _check_finite(observations[-1])
             if not np.isfinite(rewards[-1]):
                 raise ValueError(f"the environment's reward is {rewards[-1]}")
             if done:
@@ -88,12 +88,6 @@ class Stepper:
     def close(self) -> None:
         """Release the environment."""
         self._env.close()
-
-
-def _check_finite(observation: Observation) -> None:
-    """Raises ValueError now: later it would be in the replay and in the normalisation for good."""
-    if observation.vector is not None and not np.isfinite(observation.vector).all():
-        raise ValueError(f"the environment's observation is not finite: {observation.vector}")
 
 
 class Pool(abc.ABC):
@@ -125,11 +119,6 @@ class Pool(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Release all environments."""
-
-    def step(self, actions: dict[int, np.ndarray]) -> dict[int, Steps]:
-        """`send`, then `receive`."""
-        self.send(actions)
-        return self.receive(actions)
 
 
 class LocalPool(Pool):
@@ -174,7 +163,8 @@ class WorkerPool(Pool):
 
     Raises:
         RuntimeError: from ``reset`` and ``receive``, with the traceback, if a worker's environment
-            raised; or if a worker was lost several times without an answer in between.
+            raised.
+        StoppedError: if a worker was lost several times without an answer in between.
     """
 
     def __init__(
@@ -263,10 +253,10 @@ class WorkerPool(Pool):
         worker.process.kill()
         worker.process.join()
         self._losses[index] += 1
-        if self._losses[index] >= _LOSSES:
-            raise RuntimeError(
-                f"the environment worker {worker.process.name} was lost {_LOSSES} times in a row "
-                f"(exit code {worker.process.exitcode}, {error!r})"
+        if self._losses[index] >= _WORKER_LOSSES:
+            raise StoppedError(
+                f"the environment worker {worker.process.name} was lost {_WORKER_LOSSES} times in "
+                f"a row (exit code {worker.process.exitcode}, {error!r})"
             ) from error
         self._workers[index] = self._start(index)
         self.restarts += 1
