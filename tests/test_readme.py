@@ -1,14 +1,8 @@
 import ast
-import io
 import re
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from toy import CONFIG, make_counting
-
-from valdi_jax.progress import read_jsonl
-from valdi_jax.train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,20 +32,6 @@ def test_your_environment_trains_as_written(tmp_path, monkeypatch, capsys):
     standing_still = -30 * np.linalg.norm(env.position - env.target)
     assert standing_still < -30
     assert float(capsys.readouterr().out) > 0.7 * standing_still
-
-
-def test_every_metric_is_explained(tmp_path):
-    train(
-        CONFIG.replace(collect={"episodes": 4}),
-        tmp_path,
-        make=make_counting,
-        console=Console(file=io.StringIO()),
-    )
-    explained = (ROOT / "docs/metrics.md").read_text()
-    for name in ("metrics", "evaluations"):
-        *_, record = read_jsonl(tmp_path / f"{name}.jsonl")
-        for key in record:
-            assert "/" not in key or f"`{key}`" in explained, key
 
 
 def test_every_file_that_the_readme_links_to_exists():
