@@ -245,10 +245,11 @@ def test_an_environment_that_raises_does_not_cost_what_was_learnt(tmp_path):
         return env
 
     resets = itertools.count()
+    config = CONFIG.replace(checkpoint={"every": 25})
     with pytest.raises(OSError, match="the road is closed"):
-        run(tmp_path / "run", 5, make=failing)
+        run(tmp_path / "run", 5, config=config, make=failing)
     assert checkpoint.latest(tmp_path / "run").name == "00000003"
-    state, _ = run(tmp_path / "run", 5, resume=True)
+    state, _ = run(tmp_path / "run", 5, config=config, resume=True)
     assert int(state.step) == 9
 
 
