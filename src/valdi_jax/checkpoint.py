@@ -62,7 +62,7 @@ _UNFINISHED = ("partial", "replaced")  # prefixes of checkpoints that do not cou
 # What reading a damaged .npz file raises, depending on where the damage is.
 _DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, SyntaxError),
-    *(NotImplementedError, RuntimeError, OverflowError, MemoryError),
+    *(RuntimeError, OverflowError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
 

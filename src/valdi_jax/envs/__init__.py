@@ -43,13 +43,12 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
         env = make_registered(
             config.name.removeprefix("gym:"), max_steps=config.max_steps, render_mode=render_mode
         )
+    elif config.name == "gym":
+        raise UsageError(
+            "the environment 'gym' is one that a program of your own makes: go on and score there "
+            "(train and evaluate take make=...), or name a registered one with --env gym:ID"
+        )
     else:
-        if config.name == "gym":
-            raise UsageError(
-                "the environment 'gym' is one that a program of your own makes: go on and score "
-                "there (train and evaluate take make=...), or name a registered one with --env "
-                "gym:ID"
-            )
         near = difflib.get_close_matches(config.name.lower(), ["carracing", *_NAMED], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
