@@ -220,7 +220,8 @@ def check(example: Observation, config: Config) -> None:
 
 
 def sharing(config: Config) -> int:
-    """How many devices share an update: as many as are asked for, or can split the batch evenly."""
+    """How many devices share an update: as many as are asked for, or one of a CPU's, or as many
+    accelerators as can split the batch evenly."""
     if config.learn.devices or jax.default_backend() == "cpu":
         return config.learn.devices or 1
     divisors = range(1, jax.device_count() + 1)
