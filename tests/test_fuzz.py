@@ -100,7 +100,9 @@ def test_bytes_that_are_no_episode_are_refused(tmp_path, content):
 @FUZZ
 @given(**DAMAGE)
 def test_a_damaged_manifest_is_refused(tmp_path, position, byte, cut):
-    integrity.write_manifest(tmp_path, {"files": {}, "replay": {"3": "ab"}, "updates": 7})
+    integrity.write_signed(
+        tmp_path / integrity.MANIFEST, {"files": {}, "replay": {"3": "ab"}, "updates": 7}
+    )
     path = tmp_path / integrity.MANIFEST
     intact = path.read_bytes()
     path.write_bytes(damage(intact, position, byte, cut))

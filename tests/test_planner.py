@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from valdi_jax import planner
+from valdi_jax.collect import first_carries, plan_batch
 from valdi_jax.config import PRESETS
 from valdi_jax.model import init_params
-from valdi_jax.planner import cem, plan
+from valdi_jax.planner import cem, correlated_normal, plan
 from valdi_jax.types import Observation
 
 OPTIMUM = jnp.array([[0.5, -1.0], [2.0, 0.0], [-0.3, 0.7]])
@@ -151,6 +152,62 @@ def test_exploration_noise_is_added_before_tanh(agent):
     )
     assert 0.1 < step.std() < 0.4
     np.testing.assert_allclose(noisy.mean, calm.mean)
+
+
+def test_actions_can_be_held(agent):
+    config, params, _, first = agent
+    config = config.replace(planner={"action_hold": 3})
+    answer = plan(params, first, jax.random.key(0), config=config, noise_std=0.5)
+    assert answer.actions.shape == answer.mean.shape == answer.std.shape == (15, 3)
+    holds = np.asarray(answer.actions).reshape(5, 3, 3)
+    np.testing.assert_array_equal(holds, np.repeat(holds[:, :1], 3, axis=1))
+    assert np.all(np.abs(np.diff(holds[:, 0], axis=0)) > 0)
+
+
+def test_noise_can_be_correlated_along_the_sequence():
+    key, shape = jax.random.key(0), (20000, 4, 2)
+    noise = np.asarray(correlated_normal(key, shape, correlation=0.8))
+    np.testing.assert_allclose(noise.std(axis=0), 1, atol=0.03)
+    for lag in (1, 2, 3):
+        for start in range(4 - lag):
+            found = np.mean(noise[:, start] * noise[:, start + lag])
+            assert found == pytest.approx(0.8**lag, abs=0.03)
+    assert np.abs(np.mean(noise[..., 0] * noise[..., 1])) < 0.02
+    none = correlated_normal(key, shape, correlation=0.0)
+    np.testing.assert_array_equal(none, jax.random.normal(key, shape))
+
+
+def test_a_search_goes_on_from_the_plan_before(agent):
+    config, params, _, first = agent
+    config = config.replace(planner={"warm_start": True, "action_hold": 3})
+    cold = plan(params, first, jax.random.key(0), config=config)
+    assert cold.carry.shape == (5, 3)
+    np.testing.assert_allclose(cold.carry[:4], np.clip(cold.mean[3::3], -1.5, 1.5))
+    np.testing.assert_array_equal(cold.carry[4], 0)
+    far = jnp.full((5, 3), 1.5)
+    warm = plan(params, first, jax.random.key(0), config=config, carry=far)
+    # One sample of standard deviation 1 around it, refitted twice, does not come back to zero.
+    assert warm.mean.mean() > cold.mean.mean() + 0.5
+    off = config.replace(planner={"warm_start": False})
+    assert plan(params, first, jax.random.key(0), config=off).carry is None
+
+
+def test_an_episode_starts_its_search_afresh(agent):
+    config, params, observations, _ = agent
+    config = config.replace(planner={"warm_start": True})
+    keys = jax.random.split(jax.random.key(1), 4)
+    decisions = np.array([0, 1, 0, 5], np.int32)
+
+    def chunks(carries):
+        return plan_batch(
+            params, observations, keys, decisions, np.float32(0), carries, config=config
+        )[0]
+
+    fresh = first_carries(4, config)
+    assert fresh.shape == (4, 15, 3)
+    one, other = chunks(fresh), chunks(fresh + 1.5)
+    same = [bool(np.array_equal(a, b)) for a, b in zip(one, other, strict=True)]
+    assert same == [True, False, True, False]
 
 
 def test_the_answer_can_be_the_elite_mean(agent):

@@ -7,11 +7,11 @@ import valdi_jax
 
 FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
-    *("errors", "config", "types", "layers", "normalizer", "encoder", "transformer", "heads"),
-    *("diffusion", "sigreg", "dynamics", "model", "losses", "replay", "update", "planner"),
+    *("errors", "config", "types", "augment", "layers", "normalizer", "encoder", "transformer"),
+    *("heads", "diffusion", "sigreg", "dynamics", "model", "losses", "replay", "update", "planner"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
-    *("envs", "collect", "cli", "integrity", "checkpoint", "progress", "evaluate", "learner"),
-    *("train", "convert"),
+    *("envs", "collect", "cli", "integrity", "agents", "checkpoint", "progress", "evaluate"),
+    *("learner", "train", "convert"),
 ]
 
 

@@ -41,6 +41,23 @@ def test_td_targets_by_hand():
     np.testing.assert_allclose(targets, [1 + 1 + 1 + 10 / 8, 2.0])
 
 
+def test_td_lambda_targets_by_hand():
+    rewards = jnp.array([[1.0], [2.0], [4.0]])
+    values, none = jnp.array([10.0, 20.0, 40.0]), jnp.zeros(3)
+    last = 4 + 0.5 * 40
+    middle = 2 + 0.5 * (0.75 * 20 + 0.25 * last)
+    first = 1 + 0.5 * (0.75 * 10 + 0.25 * middle)
+    targets = td_targets(rewards, values, none, discount=0.5, td_lambda=0.25)
+    np.testing.assert_allclose(targets, [first, middle, last])
+    one_step = td_targets(rewards, values, none, discount=0.5)
+    np.testing.assert_allclose(
+        td_targets(rewards, values, none, discount=0.5, td_lambda=1e-9), one_step, rtol=1e-6
+    )
+    # What follows a terminal chunk does not count.
+    ended = td_targets(rewards, values, jnp.array([0.0, 1.0, 0.0]), discount=0.5, td_lambda=1.0)
+    np.testing.assert_allclose(ended[:2], [1 + 0.5 * 2, 2])
+
+
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
 def test_learning_on_one_batch_lowers_what_it_regresses(dynamics):
     config = configured(dynamics, learning_rate=1e-3)

@@ -16,7 +16,8 @@
 Everything random follows from the seed and the counters, so there is no other state to keep. What
 is found damaged is set aside: its name then begins with ``damaged-``.
 
-``python -m valdi_jax.checkpoint RUN`` lists the checkpoints of a run and verifies them.
+``python -m valdi_jax.checkpoint RUN`` lists the checkpoints of a run and verifies them, and with
+``--export DIR`` writes the newest as an agent by itself (see `agents`).
 """
 
 from __future__ import annotations
@@ -32,25 +33,26 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 
-from valdi_jax import cli
+from valdi_jax import agents, cli
 from valdi_jax.config import Config, from_dict, to_dict
 from valdi_jax.errors import UsageError
 from valdi_jax.integrity import (
+    MANIFEST,
     content_digest,
     describe_files,
     file_digest,
     find_damage,
-    read_manifest,
-    write_manifest,
+    read_signed,
+    write_signed,
 )
 from valdi_jax.model import init_params
 from valdi_jax.replay import Episode
@@ -193,7 +195,7 @@ def _write_manifest(directory: Path, *, updates: int, replay: dict[int, str], co
         "files": describe_files(directory),
         "replay": {str(number): digest for number, digest in sorted(replay.items())},
     }
-    write_manifest(directory, body)
+    write_signed(directory / MANIFEST, body)
 
 
 def _hashable(leaf: Any) -> Any:
@@ -204,7 +206,7 @@ def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint's own files, a sentence each; nothing if it is whole."""
     try:
         replay_digests(checkpoint)
-        return find_damage(checkpoint, read_manifest(checkpoint)["files"])
+        return find_damage(checkpoint, read_signed(checkpoint / MANIFEST)["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [str(error)]
 
@@ -223,7 +225,7 @@ def verify_replay(run_dir: Path, checkpoint: Path) -> dict[int, str]:
 
 def replay_digests(checkpoint: Path) -> dict[int, str]:
     """Checksums of the episodes in the replay of a checkpoint that is whole, oldest first."""
-    replay = read_manifest(checkpoint)["replay"]  # its keys are text, in the order of text
+    replay = read_signed(checkpoint / MANIFEST)["replay"]  # its keys are text, in the order of text
     return dict(sorted((int(number), digest) for number, digest in replay.items()))
 
 
@@ -318,6 +320,69 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     if path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     return path, None
+
+
+class Stored(NamedTuple):
+    """A trained agent, not yet read."""
+
+    name: str  # where it is
+    config: Config  # it was trained with
+    load: Callable[[], Params]  # raises UsageError if it is damaged
+
+
+def open_agent(where: Path) -> Stored:
+    """The agent that is meant by a path or a name.
+
+    Args:
+        where: a run directory (its newest checkpoint), one of its checkpoints, an exported agent,
+            or the name of one that comes with the package.
+
+    Raises:
+        UsageError: if it is none of these.
+    """
+    exported = agents.locate(where)
+    if exported is not None:
+        config, params, _ = agents.load(exported)
+        return Stored(str(where), config, lambda: params)
+    run_dir, found = locate(where)
+    if not run_dir.exists():
+        raise UsageError(
+            f"{where} is not a run directory, nor an agent that comes with the package "
+            f"({', '.join(agents.packaged())})"
+        )
+    config = load_config(run_dir)
+    found = found or latest(run_dir)
+    return Stored(str(found), config, lambda: read_params(found))
+
+
+def read_params(checkpoint: Path) -> Params:
+    """The online networks of a checkpoint, whatever they are, once it is verified.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    for sentence in verify(checkpoint):
+        raise UsageError(f"{sentence}: see python -m valdi_jax.checkpoint {locate(checkpoint)[0]}")
+    return _load_tree(checkpoint / "params", None)
+
+
+def fitting(params: Params, observation: Observation, config: Config, name: str) -> Params:
+    """The parameters, if they are those of a configuration's networks.
+
+    Args:
+        params: of an agent.
+        observation: example that its encoder has to take.
+        config: what it is to be used with.
+        name: where it comes from, for the error.
+
+    Raises:
+        UsageError: naming the first parameter that does not fit.
+    """
+    template = jax.eval_shape(
+        lambda key: init_params(key, observation, config=config), jax.random.key(0)
+    )
+    _check_fit(_shapes(params), _shapes(template), name)
+    return params
 
 
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
@@ -526,20 +591,20 @@ def _save_tree(path: Path, tree: Any) -> None:
 
 
 def _load_tree(path: Path, template: Any) -> Any:
-    """Restore after comparing the shapes on disk: Orbax by itself pads and truncates."""
+    """Restore after comparing the shapes on disk: Orbax by itself pads and truncates.
+
+    Without a template, restore the nested dict that is there.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = checkpointer.metadata(path.absolute()).item_metadata.tree
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
-        found = _shapes(stored)
-        expected = _shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
-        for name in sorted(found | expected):
-            if found.get(name) != expected.get(name):
-                raise UsageError(
-                    f"{path} does not fit this configuration: {name} is "
-                    f"{found.get(name, 'absent')} there, {expected.get(name, 'absent')} here"
-                )
+        if template is None:
+            template = stored
+        else:
+            expected = _shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
+            _check_fit(_shapes(stored), expected, str(path))
         # To one device, whatever devices it was written from.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         template = jax.tree.map(
@@ -549,6 +614,15 @@ def _load_tree(path: Path, template: Any) -> Any:
             return checkpointer.restore(path.absolute(), template)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def _check_fit(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    for name in sorted(found | expected):
+        if found.get(name) != expected.get(name):
+            raise UsageError(
+                f"{where} does not fit this configuration: {name} is "
+                f"{found.get(name, 'absent')} there, {expected.get(name, 'absent')} here"
+            )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -575,17 +649,47 @@ class Arguments:
     """Command line of the command that lists checkpoints."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory."""
+    """Run directory; to export, one of its checkpoints as well."""
+    export: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write the agent to this new directory, as config.json and model.safetensors, which every
+    command takes that takes a run."""
+    half: bool = False
+    """Export in half precision (float16)."""
+
+
+def export(run: Path, directory: Path, *, half: bool = False) -> None:
+    """Write the agent of a run, or of one of its checkpoints, as files of its own (see `agents`).
+
+    Raises:
+        UsageError: if there is no such agent, or the directory exists or cannot be written.
+    """
+    run_dir, found = locate(run)
+    config, found = load_config(run_dir), found or latest(run_dir)
+    progress = _load_progress(found / "progress.json")
+    trained = {
+        "episodes": progress.episodes,
+        "environment_steps": progress.env_steps,
+        "updates": read_signed(found / MANIFEST)["updates"],
+        "hours": round(progress.seconds / 3600, 2),
+    }
+    agents.save(directory, read_params(found), config, half=half, trained=trained)
 
 
 def main(argv: Sequence[str]) -> int:
     """List the checkpoints of a run and verify them; status 1 if any is damaged."""
-    run_dir = cli.parse(
+    arguments = cli.parse(
         Arguments,
         argv,
         prog="python -m valdi_jax.checkpoint",
-        description="List the checkpoints of a run and verify them.",
-    ).run
+        description="List the checkpoints of a run and verify them, or export its agent.",
+    )
+    if arguments.half and not arguments.export:
+        raise UsageError("--half is for --export")
+    if arguments.export:
+        export(arguments.run, arguments.export, half=arguments.half)
+        print(arguments.export)
+        return 0
+    run_dir = arguments.run
     load_config(run_dir)
     latest(run_dir)
     print(f"{'episodes':>8} {'updates':>8} {'MB':>7}  content SHA-256")
@@ -595,7 +699,7 @@ def main(argv: Sequence[str]) -> int:
         if not damage:
             damage = list(verify_replay(run_dir, path).values())
         try:
-            manifest = read_manifest(path)
+            manifest = read_signed(path / MANIFEST)
             updates, content = manifest["updates"], manifest["content"]
         except (ValueError, KeyError):
             updates, content = "?", "?"

@@ -47,9 +47,10 @@ def plan_batch(
     keys: Array,
     decisions: Array,
     noise_std: Array,
+    carries: Array | None = None,
     *,
     config: Config,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """Plan for a batch of environments in one call.
 
     Args:
@@ -58,17 +59,24 @@ def plan_batch(
         keys: [B] keys of the episodes.
         decisions: [B] int32, the number of each decision within its episode.
         noise_std: [] exploration noise.
+        carries: [B, ...] of the plans before; not read where a decision is its episode's first.
         config: the run's configuration.
 
-    Returns: first chunks [B, C, A], predicted returns [B].
+    Returns: first chunks [B, C, A], predicted returns [B], carries for the next plans.
     """
 
-    def one(observation, key, decision):
+    def one(observation, key, decision, carry):
         key = jax.random.fold_in(key, decision)
-        return plan(params, observation, key, config=config, noise_std=noise_std)
+        carry = jax.tree.map(lambda x: jnp.where(decision == 0, 0, x), carry)
+        return plan(params, observation, key, config=config, noise_std=noise_std, carry=carry)
 
-    plans = jax.vmap(one)(observations, keys, decisions)
-    return plans.actions[:, : config.model.chunk], plans.predicted_return
+    plans = jax.vmap(one)(observations, keys, decisions, carries)
+    return plans.actions[:, : config.model.chunk], plans.predicted_return, plans.carry
+
+
+def first_carries(batch: int, config: Config) -> Array | None:
+    """What `plan_batch` takes for ``batch`` environments before it has planned."""
+    return jnp.zeros((batch, *config.search_shape)) if config.planner.warm_start else None
 
 
 def exploration_noise(episode: int, config: CollectConfig) -> float:
@@ -122,8 +130,9 @@ def drive(
     width = -(-pool.size // groups)
     parts = [part.tolist() for part in np.array_split(np.arange(pool.size), groups) if len(part)]
     under_way: list[dict[int, _Slot]] = [{} for _ in parts]
+    carries = [first_carries(width, config) for _ in parts]
     while waiting or any(under_way):
-        for part, slots in zip(parts, under_way, strict=True):
+        for group, (part, slots) in enumerate(zip(parts, under_way, strict=True)):
             for lost in _receive(pool, slots, finished, keep_observations):
                 losses[lost.number] += 1
                 if losses[lost.number] == _EPISODE_LOSSES:
@@ -148,12 +157,13 @@ def drive(
             idle = next(iter(slots))
             places = part + [idle] * (width - len(part))
             batch = [slots.get(index, slots[idle]) for index in places]
-            actions, predicted = plan_batch(
+            actions, predicted, carries[group] = plan_batch(
                 params,
                 jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
                 jnp.stack([slot.job.key for slot in batch]),
                 np.array([slot.decisions for slot in batch], np.int32),
                 np.float32(noise_std),
+                carries[group],
                 config=config,
             )
             actions, predicted = np.asarray(actions), np.asarray(predicted)

@@ -36,6 +36,8 @@ class EnvConfig:
     render_every: Literal["step", "chunk"] = "step"
     """Keep the observation after every step, or only that which the planner sees after each chunk:
     faster to draw and a third to store, but training segments then start at decisions only."""
+    downsample: int = 1
+    """CarRacing: side of the pixel blocks that a frame is averaged over; 2 makes frames 48 x 48."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,14 @@ class PlannerConfig:
     """DDIM steps for each imagined trajectory."""
     answer: Literal["best", "mean"] = "best"
     """Answer with the best sequence seen over all iterations, or with the final elite mean."""
+    action_hold: int = 1
+    """Environment steps for which candidates and exploration noise hold an action; it divides
+    --model.chunk."""
+    correlation: float = 0.0
+    """Correlation of the noise of candidates, and of exploration, from one action to the next."""
+    warm_start: bool = False
+    """Start the search at the mean of the plan before, moved on by the chunk that was executed,
+    rather than at zero."""
     shared_noise: bool = False
     """Start every candidate of a plan from one noise draw, rather than each from its own."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -151,6 +161,13 @@ class LearnConfig:
     after which training stops."""
     td_encoder: Literal["online", "ema"] = "online"
     """Encoder whose latents the TD target is taken at (the reference: online)."""
+    td_lambda: float = 0.0
+    """Weight of longer returns in the TD target, up to the end of the segment: TD(lambda). 0 is the
+    reference's one-step target."""
+    mirror: bool = False
+    """CarRacing: exchange left and right in half of the training segments."""
+    random_shift: int = 0
+    """Shift the frames of each training segment by up to this many pixels each way, all alike."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +263,12 @@ class Config:
     def plan_shape(self) -> tuple[int, int]:
         """Shape ``[H * C, A]`` of a planned action sequence."""
         return self.model.horizon * self.model.chunk, self.model.action_dim
+
+    @property
+    def search_shape(self) -> tuple[int, int]:
+        """Shape ``[H * C / hold, A]`` of what the planner searches: one action a hold."""
+        steps, size = self.plan_shape
+        return steps // self.planner.action_hold, size
 
     @property
     def frame_stride(self) -> int:
@@ -431,11 +454,15 @@ def validate(config: Config) -> None:
     least |= {f"collect.{name}": 0 for name in ("seed_episodes", "noise_hold", "noise_decay")}
     least.setdefault("env.max_steps", 0)
     least |= {"env.action_repeat": 1, "env.patience": 0, "eval.every": 0, "seed": 0}
+    least |= {"env.downsample": 1, "planner.action_hold": 1, "planner.correlation": 0}
+    least |= {"learn.td_lambda": 0, "learn.random_shift": 0}
     least |= {"learn.updates_per_step": 0, "learn.devices": 0}
     least |= {"collect.noise_start": 0, "collect.noise_end": 0}
     least |= {f"learn.{name}_weight": 0 for name in ("diffusion", "reward", "value", "sigreg")}
     most = {
         "planner.elites": config.planner.candidates,
+        "planner.correlation": 1,
+        "learn.td_lambda": 1,
         "planner.diffusion_steps": model.diffusion_timesteps,
         "eval.episodes": 100,
         "learn.sigreg_weight": 1,
@@ -463,6 +490,16 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"--model.cnn-channels is {model.cnn_channels}; it must be five numbers above 0"
         )
+    if model.chunk % config.planner.action_hold:
+        raise UsageError(
+            f"--planner.action-hold is {config.planner.action_hold}; it must divide "
+            f"--model.chunk ({model.chunk})"
+        )
+    if config.env.name != "carracing" and (config.env.downsample > 1 or config.learn.mirror):
+        option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
+        raise UsageError(f"{option} is for carracing alone, not for {config.env.name}")
+    if 96 % config.env.downsample:
+        raise UsageError(f"--env.downsample is {config.env.downsample}; it must divide 96")
     if model.dynamics == "mlp":
         return
     if model.transformer_width % model.transformer_heads:

@@ -34,7 +34,8 @@ class Arguments:
     """Command line of the evaluation command."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory, of which the last checkpoint is driven, or one of its checkpoints."""
+    """Run directory, of which the last checkpoint is driven, one of its checkpoints, an exported
+    agent, or the name of one that comes with the package, such as carracing."""
     episodes: int = 100
     """How many of the 100 fixed episodes (CarRacing: tracks) to drive."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
@@ -167,11 +168,11 @@ def _check_writable(path: Path) -> None:
         path.unlink()
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
-    """The command line, and the run's configuration with the planner that it asks for.
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.Stored]:
+    """The command line, and the agent, its configuration with the planner that is asked for.
 
     Raises:
-        UsageError: if it cannot be understood, or RUN is not a run directory.
+        UsageError: if it cannot be understood, or RUN is not an agent.
     """
     parse = functools.partial(
         cli.parse,
@@ -181,8 +182,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
         description="Drive a trained agent on fixed episodes.",
     )
     # The run is known only after a first reading; its planner is the default of the second.
-    run_dir, _ = checkpoint.locate(parse(default=Arguments(run=tyro.MISSING)).run)
-    config = checkpoint.load_config(run_dir)
+    agent = checkpoint.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
+    config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
     config = dataclasses.replace(config, planner=arguments.planner)
     if arguments.diffusion_steps and config.model.dynamics == "mlp":
@@ -190,12 +191,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, Config]:
     if arguments.num_envs < 1:
         raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")
     evaluation_seeds(arguments.episodes)
-    return arguments, config
+    return arguments, agent._replace(config=config)
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
-    arguments, config = parse_arguments(argv)
+    arguments, agent = parse_arguments(argv)
+    config = agent.config
     cli.cache_compilations()
     configs = [
         dataclasses.replace(
@@ -213,11 +215,7 @@ def main(argv: Sequence[str]) -> int:
             f"{arguments.run} was trained with actions of size {config.model.action_dim}, but "
             f"those of {config.env.name} have size {interface.action_dim}"
         )
-    run_dir, found = checkpoint.locate(arguments.run)
-    found = found or checkpoint.latest(run_dir)
-    for sentence in checkpoint.verify(found):
-        raise UsageError(f"{sentence}: see python -m valdi_jax.checkpoint {run_dir}")
-    params = checkpoint.load_params(found, interface.example, config)
+    params = checkpoint.fitting(agent.load(), interface.example, config, agent.name)
 
     if arguments.video:
         driven = record_video(params, configs[0], arguments.video)
@@ -225,7 +223,7 @@ def main(argv: Sequence[str]) -> int:
 
     results = []
     console = Console(stderr=True)
-    print(f"{found}, {arguments.episodes} episodes")
+    print(f"{agent.name}, {arguments.episodes} episodes")
     print(f"{'steps':>6}{'mean':>9}{'+- SE':>8}{'median':>9}{'IQM':>9}{'plan ms':>9}")
     for each in configs:
         steps = each.planner.diffusion_steps
@@ -265,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
             }
         )
         if arguments.json:
-            checkpoint.write_json(arguments.json, {"checkpoint": str(found), "results": results})
+            checkpoint.write_json(arguments.json, {"checkpoint": agent.name, "results": results})
     return 0
 
 

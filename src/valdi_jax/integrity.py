@@ -43,27 +43,26 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+def read_signed(path: Path) -> dict[str, Any]:
+    """A JSON file that holds its own checksum.
 
     Raises:
         ValueError: if it is missing or damaged, in one sentence.
     """
-    path = directory / MANIFEST
     try:
         text = path.read_bytes()
-        manifest = json.loads(text)
-        body = {name: value for name, value in manifest.items() if name != "sha256"}
-        if manifest["sha256"] != _digest(body) or text != _format(manifest):
+        data = json.loads(text)
+        body = {name: value for name, value in data.items() if name != "sha256"}
+        if data["sha256"] != _digest(body) or text != _format(data):
             raise ValueError("it differs from its own checksum")
         return body
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def write_manifest(directory: Path, body: dict[str, Any]) -> None:
-    """Write a manifest that holds its own checksum."""
-    with open(directory / MANIFEST, "wb") as file:
+def write_signed(path: Path, body: dict[str, Any]) -> None:
+    """Write a JSON file that holds its own checksum."""
+    with open(path, "wb") as file:
         file.write(_format(body | {"sha256": _digest(body)}))
         file.flush()
         os.fsync(file.fileno())

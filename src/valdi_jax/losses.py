@@ -7,25 +7,45 @@ import jax
 import jax.numpy as jnp
 
 from valdi_jax import model
+from valdi_jax.augment import augment
 from valdi_jax.config import Config
 from valdi_jax.dynamics import masked_mean, training_prediction
 from valdi_jax.sigreg import sigreg
 from valdi_jax.types import Array, Batch, Draws, Observation, Params
 
 
-def td_targets(rewards: Array, next_values: Array, terminals: Array, *, discount: float) -> Array:
-    """One-step TD targets [..., H + 1] in world-model steps.
+def td_targets(
+    rewards: Array,
+    next_values: Array,
+    terminals: Array,
+    *,
+    discount: float,
+    td_lambda: float = 0.0,
+) -> Array:
+    """TD(lambda) targets [..., H + 1] in world-model steps, one-step targets by default.
 
     Args:
         rewards: [..., H + 1, C] of each environment step.
         next_values: [..., H + 1] value after each chunk.
         terminals: [..., H + 1] 1 where the episode terminated within the chunk: nothing follows.
         discount: per environment step.
+        td_lambda: weight of the longer returns within the segment (Sutton & Barto, 2018, 12.18).
     """
     chunk = rewards.shape[-1]
     chex.assert_equal_shape([rewards[..., 0], next_values, terminals])
-    following = discount**chunk * (1 - terminals) * next_values
-    return chunk_rewards(rewards, discount=discount) + following
+    rewards = chunk_rewards(rewards, discount=discount)
+    continues = discount**chunk * (1 - terminals)
+    if td_lambda == 0:
+        return rewards + continues * next_values
+
+    def step(after: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        reward, discount, value = inputs
+        target = reward + discount * ((1 - td_lambda) * value + td_lambda * after)
+        return target, target
+
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, continues, next_values))
+    _, targets = jax.lax.scan(step, next_values[..., -1], inputs, reverse=True)
+    return jnp.moveaxis(targets, 0, -1)
 
 
 def chunk_rewards(rewards: Array, *, discount: float) -> Array:
@@ -50,6 +70,7 @@ def objective(
     an episode's end trains nothing.
     """
     learn, horizon = config.learn, config.model.horizon
+    batch = augment(batch, draws)
     first, following = _split(batch.observations)
     # The reference bootstraps through terminal steps: to it an episode has no end.
     terminals = jnp.zeros_like(batch.terminals) if learn.bootstrap_terminal else batch.terminals
@@ -88,6 +109,7 @@ def objective(
         jax.lax.stop_gradient(model.value(ema_params, next_latents, config=config)),
         terminals,
         discount=learn.discount,
+        td_lambda=learn.td_lambda,
     )
     value_preds = model.values(params, trajectory, config=config)  # [E, B, H + 1]
     value_loss = masked_mean((value_preds - value_target) ** 2, valid)

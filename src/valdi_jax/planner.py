@@ -7,12 +7,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 
 from valdi_jax import model
 from valdi_jax.config import Config, PlannerConfig
 from valdi_jax.types import Array, Observation, Params, Plan
+
+_WARM_LIMIT = 1.5  # of a mean that is carried on, before tanh: actions of +-0.9
 
 
 @struct.dataclass
@@ -34,6 +37,7 @@ def cem(
     candidates: int,
     elites: int,
     iterations: int,
+    draw: Callable[[Array, tuple[int, ...]], Array] = jax.random.normal,
 ) -> CEMState:
     """Maximise a score with the cross-entropy method (Rubinstein & Kroese, 2004).
 
@@ -45,6 +49,7 @@ def cem(
         candidates: N sampled in each iteration.
         elites: K kept, 2 .. N (the sample standard deviation needs two).
         iterations: refits.
+        draw: (key, [N, ...]) -> standard normal noise, which may be correlated within a candidate.
 
     Returns: the final distribution, and the best candidate seen over all iterations.
 
@@ -56,7 +61,7 @@ def cem(
 
     def iterate(state: CEMState, key: Array) -> tuple[CEMState, None]:
         sample_key, score_key = jax.random.split(key)
-        noise = jax.random.normal(sample_key, (candidates, *mean.shape))
+        noise = draw(sample_key, (candidates, *mean.shape))
         samples = state.mean + state.std * noise
         scores = score_fn(samples, score_key)
         # A candidate whose score is not a number is never an elite while any other is left.
@@ -117,6 +122,7 @@ def plan(
     *,
     config: Config,
     noise_std: float | Array = 0.0,
+    carry: Array | None = None,
 ) -> Plan:
     """Plan from one observation in one compiled call; pure, so it can be vmapped.
 
@@ -129,11 +135,13 @@ def plan(
         key: PRNG key; the same key gives the same plan.
         config: the run's configuration (static: another one compiles again).
         noise_std: standard deviation of the exploration noise added before tanh.
+        carry: of the plan before (``Plan.carry``), where ``planner.warm_start``; none at first.
 
     Returns: the plan; execute its first C actions, then plan again.
     """
     settings: PlannerConfig = config.planner
-    shape = config.plan_shape
+    shape = config.search_shape
+    draw = functools.partial(correlated_normal, correlation=settings.correlation)
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
     z = model.encode(params, obs, config=config)
@@ -141,7 +149,8 @@ def plan(
     scoring = jax.tree.map(lambda x: x.astype(settings.precision), scoring)
 
     def score(samples: Array, key: Array) -> Array:
-        actions = jnp.tanh(samples).reshape(samples.shape[0], config.model.horizon, -1)
+        actions = hold(jnp.tanh(samples), settings.action_hold)
+        actions = actions.reshape(samples.shape[0], config.model.horizon, -1)
         actions = actions.astype(settings.precision)
         if settings.shared_noise:
             noise = jax.random.normal(shared_key, noise_shape)
@@ -154,25 +163,53 @@ def plan(
 
     found = cem(
         score,
-        jnp.zeros(shape),
+        jnp.zeros(shape) if carry is None else carry,
         jnp.ones(shape),
         search_key,
         candidates=settings.candidates,
         elites=settings.elites,
         iterations=settings.iterations,
+        draw=draw,
     )
     if settings.answer == "best":
         chosen, chosen_score = found.best, found.best_score
     else:
         chosen = found.mean
         chosen_score = score(chosen[None], answer_key)[0]
-    explored = chosen + noise_std * jax.random.normal(explore_key, shape)
+    explored = chosen + noise_std * draw(explore_key, shape)
     return Plan(
-        actions=jnp.tanh(explored),
+        actions=hold(jnp.tanh(explored), settings.action_hold),
         predicted_return=chosen_score,
-        mean=found.mean,
-        std=found.std,
+        mean=hold(found.mean, settings.action_hold),
+        std=hold(found.std, settings.action_hold),
+        carry=move_on(found.mean, config=config) if settings.warm_start else None,
     )
+
+
+def hold(sequences: Array, steps: int) -> Array:
+    """Each action of sequences [..., S, A] for so many steps: [..., S * steps, A]."""
+    return jnp.repeat(sequences, steps, axis=-2)
+
+
+def correlated_normal(key: Array, shape: tuple[int, ...], *, correlation: float) -> Array:
+    """Standard normal noise [..., S, A], an AR(1) process along S: x_t = c x_(t-1) + ..."""
+    noise = jax.random.normal(key, shape)
+    if correlation == 0:
+        return noise
+    lag = np.subtract.outer(np.arange(shape[-2]), np.arange(shape[-2]))
+    mixing = np.where(lag >= 0, correlation ** np.maximum(lag, 0), 0)
+    mixing[:, 1:] *= np.sqrt(1 - correlation**2)  # all but the first are innovations
+    return jnp.einsum("st,...ta->...sa", jnp.asarray(mixing, jnp.float32), noise)
+
+
+def move_on(mean: Array, *, config: Config) -> Array:
+    """The mean [S, A] that the next search starts from, once a chunk has been executed.
+
+    It is bounded: where tanh has saturated, nothing in the score pulls a mean back.
+    """
+    executed = config.model.chunk // config.planner.action_hold
+    mean = jnp.concatenate([mean[executed:], jnp.zeros_like(mean[:executed])])
+    return jnp.clip(mean, -_WARM_LIMIT, _WARM_LIMIT)
 
 
 def _over_devices(score: Callable[..., Array]) -> Callable[..., Array]:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from valdi_jax import checkpoint, cli
 from valdi_jax.checkpoint import Progress
-from valdi_jax.collect import Driven, Job, drive, exploration_noise, plan_batch
+from valdi_jax.collect import Driven, Job, drive, exploration_noise, first_carries, plan_batch
 from valdi_jax.config import Config, default_config, to_dict, validate
 from valdi_jax.envs import interface_of, make_env
 from valdi_jax.envs.workers import Pool, make_pool
@@ -33,7 +33,7 @@ from valdi_jax.learner import Learner, check
 from valdi_jax.progress import Display, RunLog, read_jsonl
 from valdi_jax.replay import Episode
 from valdi_jax.types import AgentState, Array, Observation, Params
-from valdi_jax.update import init_state
+from valdi_jax.update import init_state, start_from
 
 # What may differ between a run and its continuation: how long it goes on, what it reports, and
 # where it computes.
@@ -56,6 +56,9 @@ class Arguments:
     """Directory of the run; a new one under runs/ if not given."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Run directory to continue from its last checkpoint."""
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
+    """Start a new run from the parameters of a run, a checkpoint, an exported agent, or one that
+    comes with the package; without --preset, with its settings as well."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -64,6 +67,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
+    init_from: Path | None = None,
     make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
 ) -> AgentState:
@@ -73,6 +77,7 @@ def train(
         config: the run's configuration.
         run_dir: where it is kept (see `checkpoint`).
         resume: go on from the last checkpoint rather than start a run.
+        init_from: agent whose parameters a new run starts from (see `checkpoint.open_agent`).
         make: called as ``make(config.env, training=True)`` for an environment to train in, and with
             ``training=False`` for one to be scored in; it must pickle if there are several.
         console: where progress is shown.
@@ -80,8 +85,8 @@ def train(
     Returns: the trained agent.
 
     Raises:
-        UsageError: if the directory cannot serve, the configuration is not valid, or it is not
-            that of the run to go on with.
+        UsageError: if the directory cannot serve, the configuration is not valid, it is not
+            that of the run to go on with, or the parameters to start from do not fit it.
         cli.Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
         StoppedError: if losses or scores stay not finite, or an environment is lost for good,
             likewise.
@@ -96,6 +101,10 @@ def train(
     validate(config)
     check(example, config)
     init_key, drive_key = jax.random.split(jax.random.key(config.seed))
+    given = None
+    if init_from is not None:
+        agent = checkpoint.open_agent(init_from)
+        given = checkpoint.fitting(agent.load(), example, config, agent.name)
     if resume:
         _refuse_changes(checkpoint.load_config(run_dir), config)
     else:
@@ -112,6 +121,8 @@ def train(
             state, progress = checkpoint.load(found, example, config)
         else:  # also where a run ended before its first checkpoint
             state, progress = init_state(init_key, example, config=config), Progress()
+            if given is not None:
+                state = start_from(state, given)
         if config.collect.episodes < progress.episodes:
             raise UsageError(
                 f"--collect.episodes is {config.collect.episodes}, but the run has driven "
@@ -160,6 +171,8 @@ def train(
         )
         if config.planner.candidates * config.planner.iterations >= 2000:
             run.say_cost(example)
+        if given is not None:
+            run.save()  # resuming is to find these parameters, however early it is stopped
         stack.enter_context(display)
         run.go()
     return learner.state
@@ -469,6 +482,7 @@ class _Run:
                     jax.random.split(self.drive_key, self.pool.size),
                     np.zeros(self.pool.size, np.int32),
                     np.float32(0),
+                    first_carries(self.pool.size, self.config),
                     config=self.config,
                 )
                 jax.block_until_ready(plan)
@@ -512,8 +526,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     resumed = _value_of("--resume", argv)
     if chosen is not None and resumed is not None:
         raise UsageError("--preset and --resume exclude each other: a run keeps its settings")
+    given = _value_of("--init-from", argv)
+    if given is not None and resumed is not None:
+        raise UsageError("--init-from and --resume exclude each other: a run has its parameters")
     if resumed:
         base = checkpoint.load_config(Path(resumed))
+    elif given and chosen is None:
+        base = checkpoint.open_agent(Path(given)).config
     else:
         base = default_config(_value_of("--env", argv), chosen)
     arguments = cli.parse(
@@ -564,7 +583,12 @@ def main(argv: Sequence[str]) -> int:
         or Path("runs") / f"{arguments.config.env.name.replace(':', '-').replace('/', '-')}-{stamp}"
     )
     try:
-        train(arguments.config, run_dir, resume=arguments.resume is not None)
+        train(
+            arguments.config,
+            run_dir,
+            resume=arguments.resume is not None,
+            init_from=arguments.init_from,
+        )
     except cli.Interrupted:
         return 130
     return 0

@@ -57,6 +57,8 @@ class Draws:
     noise: Array  # [B, H, D] standard normal
     timesteps: Array  # [B] int32, uniform on 0 .. T - 1
     directions: Array  # [D, directions] unit columns
+    mirrored: Array | None = None  # [B] bool, segments whose left and right are exchanged
+    shifts: Array | None = None  # [B, 2] int32, pixels that their frames are shifted by
 
 
 @struct.dataclass
@@ -79,3 +81,4 @@ class Plan:
     # rewards times learn.reward_scale, and what lies beyond the horizon is the value's estimate
     mean: Array  # [H * C, A] final CEM mean, before tanh
     std: Array  # [H * C, A] final CEM standard deviation, before tanh
+    carry: Array | None = None  # [H * C / hold, A] what the next plan starts from, if it does

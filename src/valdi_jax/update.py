@@ -52,6 +52,12 @@ def _first_state(params: Params, key: Array, config: Config) -> AgentState:
     )
 
 
+def start_from(state: AgentState, params: Params) -> AgentState:
+    """A fresh agent that has these parameters, its moving average likewise."""
+    params, ema_params = (jax.tree.map(jnp.array, params) for _ in range(2))
+    return state.replace(params=params, ema_params=ema_params)
+
+
 def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
     """Let new vector observations [n, size] enter the normalisation, if the agent has one."""
     if "normalizer" not in state.params:
@@ -90,14 +96,16 @@ def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedShardi
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
     """The randomness of one update on ``batch_size`` segments, drawn in one place."""
-    noise_key, timestep_key, directions_key = jax.random.split(key, 3)
-    model = config.model
+    # Keys for what is new are appended: the first three stay the same.
+    noise_key, timestep_key, directions_key, mirror_key, shift_key = jax.random.split(key, 5)
+    model, learn = config.model, config.learn
+    most = learn.random_shift
     return Draws(
         noise=jax.random.normal(noise_key, (batch_size, model.horizon, model.latent_dim)),
         timesteps=jax.random.randint(timestep_key, (batch_size,), 0, model.diffusion_timesteps),
-        directions=random_directions(
-            directions_key, model.latent_dim, config.learn.sigreg_directions
-        ),
+        directions=random_directions(directions_key, model.latent_dim, learn.sigreg_directions),
+        mirrored=jax.random.bernoulli(mirror_key, 0.5, (batch_size,)) if learn.mirror else None,
+        shifts=jax.random.randint(shift_key, (batch_size, 2), -most, most + 1) if most else None,
     )
 
 

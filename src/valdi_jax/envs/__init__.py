@@ -33,6 +33,7 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
         return make_carracing(
             max_steps=config.max_steps,
             action_repeat=config.action_repeat,
+            downsample=config.downsample,
             patience=patience,
             through_terminals=not training,
             render_mode=render_mode,

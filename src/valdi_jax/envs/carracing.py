@@ -37,24 +37,40 @@ def mask_bar(frame: np.ndarray) -> np.ndarray:
     return frame
 
 
+def downsample(frame: np.ndarray, block: int) -> np.ndarray:
+    """Frame [height, width, 3] uint8 with blocks of ``block`` x ``block`` pixels averaged."""
+    if block == 1:
+        return frame
+    height, width, channels = frame.shape
+    blocks = frame.reshape(height // block, block, width // block, block, channels)
+    total = blocks.sum(axis=(1, 3), dtype=np.uint32)
+    return ((total + block**2 // 2) // block**2).astype(np.uint8)
+
+
 class SplitBar(gym.ObservationWrapper):
     """Frame [96, 96, 3] -> dict of ``image``, the frame without its bar, and ``vector`` [7].
+
+    Args:
+        env: CarRacing.
+        block: side of the pixel blocks that the image is averaged over.
 
     Attributes:
         skip_frames: while true, frames are not drawn and observations are of no use.
     """
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, block: int = 1):
         super().__init__(env)
+        self._block = block
         self.observation_space = gym.spaces.Dict(
-            image=gym.spaces.Box(0, 255, (96, 96, 3), np.uint8),
+            image=gym.spaces.Box(0, 255, (96 // block, 96 // block, 3), np.uint8),
             vector=gym.spaces.Box(-np.inf, np.inf, (7,), np.float32),
         )
         # The planner's tanh output is the action: the car itself clips gas and brake at 0.
         self.action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
     def observation(self, observation):
-        return {"image": mask_bar(observation), "vector": read_proprio(observation)}
+        image = downsample(mask_bar(observation), self._block)
+        return {"image": image, "vector": read_proprio(observation)}
 
     @property
     def skip_frames(self) -> bool:
@@ -73,6 +89,7 @@ def make_carracing(
     *,
     max_steps: int,
     action_repeat: int = 1,
+    downsample: int = 1,
     patience: int = 0,
     through_terminals: bool = False,
     render_mode: str | None = None,
@@ -85,4 +102,4 @@ def make_carracing(
     if through_terminals:
         env = ThroughTerminals(env)
     env = paced(env, action_repeat=action_repeat, patience=patience)
-    return SplitBar(env)  # the outermost: it is asked which frames to draw
+    return SplitBar(env, downsample)  # the outermost: it is asked which frames to draw

@@ -1,0 +1,90 @@
+import jax
+import numpy as np
+import pytest
+from gymnasium.envs.box2d.car_dynamics import WHEELPOS
+from toy import CONFIG
+
+from valdi_jax.augment import augment, mirror, shift
+from valdi_jax.types import Batch, Draws, Observation
+from valdi_jax.update import draw
+
+
+def random_batch(size=3, side=6):
+    rng = np.random.default_rng(0)
+    return Batch(
+        observations=Observation(
+            image=rng.integers(0, 256, (size, 7, side, side, 3), np.uint8),
+            vector=rng.standard_normal((size, 7, 7)).astype(np.float32),
+        ),
+        actions=rng.uniform(-1, 1, (size, 6, 9)).astype(np.float32),
+        rewards=rng.standard_normal((size, 6, 3)).astype(np.float32),
+        terminals=np.zeros((size, 6), np.float32),
+    )
+
+
+def draws(**changes):
+    return Draws(noise=None, timesteps=None, directions=None, **changes)
+
+
+def test_a_mirrored_segment_by_hand():
+    batch = random_batch()
+    mirrored = mirror(batch)
+    np.testing.assert_array_equal(
+        mirrored.observations.image[..., 0, :], batch.observations.image[..., -1, :]
+    )
+    vector = batch.observations.vector
+    speed, front_left, front_right, rear_left, rear_right, steering, gyroscope = vector[0, 0]
+    np.testing.assert_array_equal(
+        mirrored.observations.vector[0, 0],
+        [speed, front_right, front_left, rear_right, rear_left, -steering, -gyroscope],
+    )
+    steer, gas, brake = batch.actions[0, 0, 3:6]
+    np.testing.assert_array_equal(mirrored.actions[0, 0, 3:6], [-steer, gas, brake])
+    jax.tree.map(np.testing.assert_array_equal, mirror(mirrored), batch)
+
+
+def test_the_wheels_that_are_exchanged_are_opposite():
+    wheels = np.array(WHEELPOS)  # across, along; the ABS sensors come in this order
+    np.testing.assert_allclose(wheels[[1, 0, 3, 2]], wheels * [-1, 1])
+
+
+def test_a_shift_by_hand():
+    image = np.arange(9, dtype=np.uint8).reshape(3, 3, 1)
+    moved = shift(image, np.array([1, -1]))[..., 0]
+    np.testing.assert_array_equal(moved, [[1, 2, 2], [1, 2, 2], [4, 5, 5]])
+
+
+def test_all_frames_of_a_segment_are_changed_alike_and_the_others_not_at_all():
+    batch = random_batch()
+    changed = augment(
+        batch,
+        draws(mirrored=np.array([True, False, False]), shifts=np.array([[0, 0], [2, 1], [0, 0]])),
+    )
+    one = jax.tree.map(lambda x: x[0], batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[0], changed), mirror(one))
+    image = batch.observations.image
+    np.testing.assert_array_equal(changed.observations.image[1, :, 2:, 1:], image[1, :, :-2, :-1])
+    for part in (changed.rewards, changed.terminals):
+        assert part.shape[0] == 3
+    third = jax.tree.map(lambda x: x[2], (changed, batch))
+    jax.tree.map(np.testing.assert_array_equal, *third)
+
+
+def test_nothing_is_changed_unless_asked_for():
+    batch = random_batch()
+    assert augment(batch, draws()) is batch
+
+
+@pytest.mark.parametrize("changes", [{"mirror": True}, {"random_shift": 4}])
+def test_what_else_is_drawn_stays_the_same(changes):
+    key = jax.random.key(3)
+    plain = draw(key, 400, config=CONFIG)
+    drawn = draw(key, 400, config=CONFIG.replace(learn=changes))
+    for name in ("noise", "timesteps", "directions"):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(plain, name))
+    assert plain.mirrored is None
+    assert plain.shifts is None
+    if "mirror" in changes:
+        assert 150 < drawn.mirrored.sum() < 250
+    else:
+        assert set(np.unique(drawn.shifts)) == set(range(-4, 5))
