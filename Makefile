@@ -18,7 +18,8 @@ READY   = $(VENV)/installed-$(subst $(COMMA),-,$(EXTRAS))
 .PHONY: train test lint bench clean
 
 train: $(READY)
-	$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+		$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -83,6 +83,10 @@ def test_presets_are_valid_and_hashable(preset):
             {"diffusion_steps": 1001},
             "--planner.diffusion-steps is 1001; it must be at most 1000",
         ),
+        ("planner", {"action_hold": 2}, "--planner.action-hold is 2; it must divide"),
+        ("planner", {"correlation": 1.5}, "--planner.correlation is 1.5; it must be at most 1"),
+        ("learn", {"td_lambda": -0.1}, "--learn.td-lambda is -0.1; it must be at least 0"),
+        ("env", {"downsample": 5}, "--env.downsample is 5; it must divide 96"),
         ("learn", {"batch_size": 0}, "--learn.batch-size is 0; it must be at least 1"),
         ("learn", {"discount": 1.5}, "--learn.discount is 1.5; it must be above 0 and at most 1"),
         ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be at least 1"),
@@ -115,6 +119,14 @@ def test_values_out_of_range_are_named(section, change, message):
     )
     with pytest.raises(UsageError, match=message):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    "change", [{"env": {"downsample": 2}}, {"learn": {"mirror": True}}], ids=["frames", "mirror"]
+)
+def test_what_is_carracings_alone_is_refused_elsewhere(change):
+    with pytest.raises(UsageError, match="is for carracing alone, not for pendulum"):
+        validate(PRESETS["pendulum"].replace(**change))
 
 
 def test_the_width_of_a_transformer_that_there_is_not_does_not_matter():

@@ -34,6 +34,19 @@ def test_the_bar_is_blacked_out_and_nothing_else(frames):
         np.testing.assert_array_equal(mask_bar(raw), expected)
 
 
+def test_a_frame_can_be_made_smaller_after_its_bar_is_read():
+    small = make_env(EnvConfig(name="carracing", downsample=2), training=True)
+    whole = make_env(EnvConfig(name="carracing"), training=True)
+    (one, _), (other, _) = small.reset(seed=1), whole.reset(seed=1)
+    assert one["image"].shape == small.observation_space["image"].shape == (48, 48, 3)
+    np.testing.assert_array_equal(one["vector"], other["vector"])
+    block = other["image"][20:22, 30:32].reshape(4, 3).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(one["image"][10, 15], block, atol=0.5)
+    assert one["image"].dtype == np.uint8
+    # Not so dark as rounding down would make it.
+    assert one["image"].mean() == pytest.approx(other["image"].mean(), abs=0.1)
+
+
 def test_a_drive_is_reproduced_frame_by_frame(frames):
     env = make_carracing(max_steps=600)
     env.reset(seed=int(frames["seed"]))

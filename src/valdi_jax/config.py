@@ -429,7 +429,7 @@ def default_config(env: str | None, preset: str | None) -> Config:
         model={"normalize": suited.model.normalize, "chunk": suited.model.chunk},
         learn={
             name: getattr(suited.learn, name)
-            for name in ("bootstrap_terminal", "reward_scale", "discount")
+            for name in ("bootstrap_terminal", "reward_scale", "discount", "mirror")
         },
         replay={"sampling": suited.replay.sampling},
     )

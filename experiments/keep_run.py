@@ -1,0 +1,52 @@
+"""Keep what the curves of a run need in a directory that is small enough to commit.
+
+python experiments/keep_run.py RUN experiments/curves/NAME
+
+What is written can be given to learning_curves.py in place of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from valdi_jax.progress import read_jsonl
+
+METRICS = (
+    "episode",
+    "episode/return",
+    "episode/length",
+    "total/env_steps",
+    "total/updates",
+    "time/seconds",
+    "value/mean",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    kept = {"metrics.jsonl": METRICS, "evaluations.jsonl": ("episode", "eval/return", "returns")}
+    for name, keys in kept.items():
+        lines = [
+            json.dumps({key: _rounded(record[key]) for key in keys if key in record})
+            for record in read_jsonl(arguments.run / name)
+        ]
+        (arguments.directory / name).write_text("".join(line + "\n" for line in lines))
+    config = (arguments.run / "config.json").read_text()
+    (arguments.directory / "config.json").write_text(config)
+
+
+def _rounded(value):
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 2) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
