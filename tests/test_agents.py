@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from toy import CONFIG, make_counting
+from toy import CONFIG, Counting, make_counting
 
 from valdi_jax import agents, checkpoint, evaluate
 from valdi_jax.checkpoint import Progress
@@ -101,14 +101,19 @@ def test_a_run_starts_from_the_parameters_of_another(request, source, tmp_path, 
     assert after.step == 0
 
 
-def test_a_run_that_was_interrupted_at_once_keeps_them(run, tmp_path, state):
-    def failing(config, *, training):
-        return make_counting(config, training=training, fail_at=1)
+def test_a_run_that_is_killed_at_once_keeps_them(run, tmp_path, state):
+    kept = []
 
-    with pytest.raises(OSError, match="the road is closed"):
-        go(tmp_path / "new", init_from=run, make=failing)
-    found = checkpoint.latest(tmp_path / "new")
-    chex.assert_trees_all_equal(checkpoint.read_params(found)["encoder"], state.params["encoder"])
+    class Watched(Counting):
+        def reset(self, **kwargs):
+            found = checkpoint.latest(tmp_path / "new")
+            kept.append((found.name, checkpoint.read_params(found)))
+            return super().reset(**kwargs)
+
+    go(tmp_path / "new", init_from=run, make=lambda config, training: Watched())
+    name, params = kept[0]  # of the checkpoint that there is before the first step
+    assert name == "00000000"
+    chex.assert_trees_all_equal(params["encoder"], state.params["encoder"])
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_made(run, tmp_path):

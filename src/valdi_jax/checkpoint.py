@@ -330,7 +330,7 @@ class Stored(NamedTuple):
     load: Callable[[], Params]  # raises UsageError if it is damaged
 
 
-def open_agent(where: Path) -> Stored:
+def open_agent(where: Path | str) -> Stored:
     """The agent that is meant by a path or a name.
 
     Args:
@@ -340,6 +340,7 @@ def open_agent(where: Path) -> Stored:
     Raises:
         UsageError: if it is none of these.
     """
+    where = Path(where)
     exported = agents.locate(where)
     if exported is not None:
         config, params, _ = agents.load(exported)
