@@ -335,15 +335,37 @@ _WALKER = _VECTOR.replace(
 PRESETS: dict[str, Config] = {
     # Every value of Table 3 of the paper.
     "paper": _PAPER,
-    # What a 2-core CPU learns from in an hour or two; docs/results.md has what was measured.
+    # What learns most for an hour of a CPU: small networks on small frames leave time for data, and
+    # more is made of each segment; docs/results.md has what each part of it was worth.
     "cpu": dataclasses.replace(
         _PAPER,
-        env=EnvConfig(patience=75),
+        env=EnvConfig(patience=75, downsample=2),
+        model=ModelConfig(
+            encoder_width=128,
+            transformer_width=128,
+            transformer_depth=3,
+            transformer_heads=4,
+            transformer_hidden=256,
+            mlp_width=192,
+            mlp_depth=3,
+            reward_width=128,
+            value_width=256,
+        ),
         planner=PlannerConfig(
             candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True
         ),
-        learn=LearnConfig(batch_size=64, ema_rate=0.02, td_encoder="ema"),
-        collect=CollectConfig(episodes=200, noise_hold=100, noise_decay=100),
+        learn=LearnConfig(
+            batch_size=64,
+            updates_per_step=0.2,
+            ema_rate=0.02,
+            sigreg_directions=256,
+            td_encoder="ema",
+            td_lambda=0.7,
+            mirror=True,
+            random_shift=2,
+        ),
+        collect=CollectConfig(episodes=300, noise_hold=100, noise_decay=100),
+        replay=ReplayConfig(sampling="step"),
         eval=EvalConfig(every=50),
         checkpoint=CheckpointConfig(every=10),
     ),
