@@ -15,16 +15,24 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from valdi_jax.config import ModelConfig
+from valdi_jax.config import Config, ModelConfig
 from valdi_jax.types import Observation
 
 Products = Counter  # (rows, inner, columns) of a matrix product -> how often
 
 
-def example_observation(rng: np.random.Generator, lead: tuple[int, ...] = ()) -> Observation:
+def image_side(config: Config) -> int:
+    """Pixels of each side of CarRacing's frames."""
+    return 96 // config.env.downsample
+
+
+def example_observation(
+    rng: np.random.Generator, config: Config, lead: tuple[int, ...] = ()
+) -> Observation:
     """A random CarRacing observation on the host."""
+    side = image_side(config)
     return Observation(
-        image=rng.integers(0, 256, (*lead, 96, 96, 3), np.uint8),
+        image=rng.integers(0, 256, (*lead, side, side, 3), np.uint8),
         vector=rng.standard_normal((*lead, 7)).astype(np.float32),
     )
 
@@ -38,6 +46,19 @@ def time_calls(call: Callable[[], object], seconds: float, least: int = 5) -> np
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     return np.array(times)
+
+
+def alternate(
+    one: Callable[[], object], other: Callable[[], object], seconds: float, least: int = 5
+) -> np.ndarray:
+    """Wall seconds [calls, 2] of two calls made in turn for about ``seconds``, once compiled."""
+    for call in (one, other):
+        jax.block_until_ready(call())
+    pairs = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < least or time.perf_counter() < end:
+        pairs.append([time_calls(call, 0, least=1)[0] for call in (one, other)])
+    return np.array(pairs)
 
 
 def compile_seconds(call: Callable[[], object]) -> float:

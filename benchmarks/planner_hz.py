@@ -77,8 +77,10 @@ def main() -> None:
             model={"dynamics": dynamics}, planner={"diffusion_steps": int(steps or 1)}
         )
         # Each call takes observations from the host and puts the actions back there.
-        observations = [measure.example_observation(rng, (arguments.batch,)) for _ in range(16)]
-        example = measure.example_observation(rng)
+        observations = [
+            measure.example_observation(rng, config, (arguments.batch,)) for _ in range(16)
+        ]
+        example = measure.example_observation(rng, config)
         params = init_params(jax.random.key(0), example, config=config)
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         number = itertools.count()

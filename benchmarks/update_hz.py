@@ -15,7 +15,7 @@ import numpy as np
 
 from valdi_jax import PRESETS, Batch, init_state, update
 from valdi_jax.config import Config
-from valdi_jax.encoder import convolutions
+from valdi_jax.encoder import convolutions, layer_channels
 
 ROWS = ("diffusion", "diffusion/ema", "mlp", "mlp/ema")  # ema: the encoder of the TD target
 
@@ -24,9 +24,10 @@ def encoder_products(config: Config, images: int) -> measure.Products:
     """Matrix products of encoding images, a convolution counted as patches times kernel."""
     model = config.model
     products = Counter()
-    size, channels = 96, 3
+    size, channels = measure.image_side(config), 3
     shapes = convolutions(size, size)
-    for width, ((kernel, _), stride, padding) in zip(model.cnn_channels, shapes, strict=True):
+    widths = layer_channels(model, len(shapes))
+    for width, ((kernel, _), stride, padding) in zip(widths, shapes, strict=True):
         size = (size + 2 * padding - kernel) // stride + 1
         products[images * size**2, kernel**2 * channels, width] += 1
         channels = width
@@ -55,7 +56,7 @@ def random_batch(rng: np.random.Generator, config: Config) -> Batch:
     model = config.model
     lead = (config.learn.batch_size, model.horizon + 1)
     return Batch(
-        observations=measure.example_observation(rng, (lead[0], model.horizon + 2)),
+        observations=measure.example_observation(rng, config, (lead[0], model.horizon + 2)),
         actions=rng.uniform(-1, 1, (*lead, model.chunk * model.action_dim)).astype(np.float32),
         rewards=rng.standard_normal((*lead, model.chunk)).astype(np.float32),
         terminals=np.zeros(lead, np.float32),
@@ -79,7 +80,7 @@ def main() -> None:
             model={"dynamics": dynamics}, learn={"td_encoder": encoder or "online"}
         )
         batch = random_batch(rng, config)
-        example = measure.example_observation(rng)
+        example = measure.example_observation(rng, config)
         holder = [init_state(jax.random.key(0), example, config=config)]
 
         def call(holder=holder, batch=batch, config=config):

@@ -1,16 +1,21 @@
 import dataclasses
+import errno
 import io
 import json
+import shutil
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
-from toy import CONFIG, Counting, make_counting
+from toy import CONFIG, make_counting
 
-from valdi_jax import agents, checkpoint, evaluate
+from valdi_jax import agents, checkpoint, evaluate, integrity
 from valdi_jax.checkpoint import Progress
 from valdi_jax.config import PRESETS
 from valdi_jax.envs import interface_of, make_env
@@ -64,15 +69,88 @@ def test_half_precision_halves_the_file_and_leaves_the_statistics(run, exported,
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_every_flipped_bit_is_found(exported, name):
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
+def test_damage_is_found(exported, name, position, byte, cut):
     path = exported / name
-    intact = bytearray(path.read_bytes())
-    for position in np.random.default_rng(0).integers(len(intact), size=20):
-        damaged = intact.copy()
-        damaged[position] ^= 1
+    intact = path.read_bytes()
+    position %= len(intact)
+    damaged = intact[:position] + (b"" if cut else bytes([byte]) + intact[position + 1 :])
+    try:
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="is not a whole exported agent"):
-            checkpoint.open_agent(exported)
+        if damaged != intact:
+            with pytest.raises(UsageError, match="is not a whole exported agent"):
+                checkpoint.open_agent(exported)
+    finally:
+        path.write_bytes(intact)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.b": np.ones(2, np.float32), "a.b.c": np.ones(2, np.float32)}, "not a whole"),
+        ({"encoder/x": np.ones(2, np.float32)}, "does not fit"),
+        ({"a": np.full(2, np.nan, np.float32)}, "does not hold finite numbers"),
+        ({"a": np.ones(2, np.int8)}, "does not hold finite numbers"),
+    ],
+)
+def test_tensors_that_are_no_agent_are_refused(exported, tensors, message):
+    safetensors.numpy.save_file(tensors, exported / "model.safetensors")
+    body = integrity.read_signed(exported / "config.json")
+    body["tensors_sha256"] = integrity.file_digest(exported / "model.safetensors")
+    integrity.write_signed(exported / "config.json", body)
+    with pytest.raises(UsageError, match=message):
+        checkpoint.open_agent(exported).load(EXAMPLE)
+
+
+def test_an_agent_from_before_an_option_was_added_does_as_it_did(exported):
+    body = integrity.read_signed(exported / "config.json")
+    del body["config"]["planner"]["warm_start"]
+    integrity.write_signed(exported / "config.json", body)
+    assert checkpoint.open_agent(exported).config == NORMALIZED
+    body["config"]["planner"]["other"] = 1
+    integrity.write_signed(exported / "config.json", body)
+    with pytest.raises(UsageError, match="other is unknown"):
+        checkpoint.open_agent(exported)
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/checkpoints/00000007/manifest.json").write_text("{")
+    with pytest.raises(UsageError, match=r"manifest.json cannot be read"):
+        checkpoint.export(tmp_path / "run", tmp_path / "agent")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(agents, "write_signed", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        checkpoint.export(run, tmp_path / "agent")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_agent_is_described_and_is_no_run(exported, capsys):
+    assert checkpoint.main([str(exported)]) == 0
+    assert "episodes: 7\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="an agent, not a run: start one with --init-from"):
+        parse_arguments(["--resume", str(exported)])
+    with pytest.raises(UsageError, match="is an exported agent already"):
+        checkpoint.main([str(exported), "--export", "other"])
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "no/where"])
+def test_a_path_that_leads_nowhere_is_one_sentence(name):
+    with pytest.raises(UsageError):
+        checkpoint.open_agent(name)
+
+
+@pytest.mark.parametrize("directory", [".", "/"])
+def test_a_directory_that_is_there_is_refused(run, directory):
+    with pytest.raises(UsageError, match="exists already"):
+        checkpoint.export(run, Path(directory))
 
 
 def test_nothing_is_written_over(run, exported):
@@ -85,35 +163,50 @@ def test_what_is_no_agent_is_named(tmp_path):
         checkpoint.open_agent(tmp_path / "nowhere")
 
 
-def go(directory, config=NORMALIZED, **settings):
-    output = io.StringIO()
-    settings = {"make": make_counting, "console": Console(file=output)} | settings
-    return train(config.replace(collect={"episodes": 1}), directory, **settings)
+def go(directory, config=NORMALIZED, **options):
+    config = config.replace(collect={"episodes": 1, "seed_episodes": 1})  # nothing is learnt
+    console = Console(file=io.StringIO())
+    return train(config, directory, make=make_counting, console=console, **options)
 
 
 @pytest.mark.parametrize("source", ["run", "exported"])
 def test_a_run_starts_from_the_parameters_of_another(request, source, tmp_path, state):
-    fresh = NORMALIZED.replace(collect={"seed_episodes": 1})  # so nothing is learnt
-    after = go(tmp_path / "new", fresh, init_from=request.getfixturevalue(source))
+    after = go(tmp_path / "new", init_from=request.getfixturevalue(source))
     for part in ("encoder", "dynamics", "reward", "value"):
         chex.assert_trees_all_equal(after.params[part], state.params[part])
         chex.assert_trees_all_equal(after.ema_params[part], state.params[part])
     assert after.step == 0
 
 
-def test_a_run_that_is_killed_at_once_keeps_them(run, tmp_path, state):
-    kept = []
+def test_a_run_that_is_killed_at_once_keeps_them(run, tmp_path, state, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
 
-    class Watched(Counting):
-        def reset(self, **kwargs):
-            found = checkpoint.latest(tmp_path / "new")
-            kept.append((found.name, checkpoint.read_params(found)))
-            return super().reset(**kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "lock", killed)  # the first that is done in a run
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "new", init_from=run)
+    after = go(tmp_path / "new", resume=True)
+    chex.assert_trees_all_equal(after.params["encoder"], state.params["encoder"])
 
-    go(tmp_path / "new", init_from=run, make=lambda config, training: Watched())
-    name, params = kept[0]  # of the checkpoint that there is before the first step
-    assert name == "00000000"
-    chex.assert_trees_all_equal(params["encoder"], state.params["encoder"])
+
+def test_a_directory_without_its_configuration_is_no_run(run, tmp_path, state, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_config", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "new", init_from=run)
+    with pytest.raises(UsageError, match="is not a run directory"):
+        go(tmp_path / "new", resume=True)
+    after = go(tmp_path / "new", init_from=run)
+    chex.assert_trees_all_equal(after.params["encoder"], state.params["encoder"])
+
+
+def test_a_run_is_resumed_or_begun(run):
+    with pytest.raises(UsageError, match="init_from is for a new one"):
+        go(run, init_from=run, resume=True)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_made(run, tmp_path):
@@ -134,10 +227,11 @@ def test_its_settings_come_along_unless_a_preset_is_given(run):
 
 def test_the_agents_in_the_package_are_whole_and_small():
     size = 0
+    assert {"carracing", "carracing-mlp"} <= set(agents.packaged())
     for name in agents.packaged():
         agent = checkpoint.open_agent(Path(name))
         interface = interface_of(lambda env=agent.config.env: make_env(env, training=False))
-        checkpoint.fitting(agent.load(), interface.example, agent.config, name)
+        agent.load(interface.example)
         size += (agents._PACKAGED / name / agents.TENSORS).stat().st_size
     assert size < 20e6
 

@@ -5,6 +5,9 @@ from gymnasium.envs.box2d.car_dynamics import WHEELPOS
 from toy import CONFIG
 
 from valdi_jax.augment import augment, mirror, shift
+from valdi_jax.config import PRESETS
+from valdi_jax.losses import objective
+from valdi_jax.model import init_params
 from valdi_jax.types import Batch, Draws, Observation
 from valdi_jax.update import draw
 
@@ -70,6 +73,31 @@ def test_all_frames_of_a_segment_are_changed_alike_and_the_others_not_at_all():
     jax.tree.map(np.testing.assert_array_equal, *third)
 
 
+def test_only_carracing_can_be_mirrored():
+    batch = random_batch()
+    blind = batch.replace(observations=batch.observations.replace(image=None))
+    with pytest.raises(ValueError, match="only CarRacing's frames"):
+        mirror(blind)
+
+
+def test_the_objective_is_that_of_the_changed_segments():
+    config = PRESETS["tiny"]
+    batch = random_batch(side=96)
+    params, ema_params = (
+        init_params(
+            jax.random.key(i), jax.tree.map(lambda x: x[0, 0], batch.observations), config=config
+        )
+        for i in range(2)
+    )
+    plain = draw(jax.random.key(0), 3, config=config)
+    all_mirrored = plain.replace(mirrored=np.ones(3, bool))
+    asked, _ = objective(params, ema_params, batch, all_mirrored, config=config)
+    expected, _ = objective(params, ema_params, mirror(batch), plain, config=config)
+    unchanged, _ = objective(params, ema_params, batch, plain, config=config)
+    np.testing.assert_allclose(asked, expected, rtol=1e-6)
+    assert abs(float(asked - unchanged)) > 1e-4
+
+
 def test_nothing_is_changed_unless_asked_for():
     batch = random_batch()
     assert augment(batch, draws()) is batch
@@ -80,8 +108,13 @@ def test_what_else_is_drawn_stays_the_same(changes):
     key = jax.random.key(3)
     plain = draw(key, 400, config=CONFIG)
     drawn = draw(key, 400, config=CONFIG.replace(learn=changes))
-    for name in ("noise", "timesteps", "directions"):
-        np.testing.assert_array_equal(getattr(drawn, name), getattr(plain, name))
+    noise_key, timestep_key, _ = jax.random.split(key, 3)  # as before there were other draws
+    model = CONFIG.model
+    noise = jax.random.normal(noise_key, (400, model.horizon, model.latent_dim))
+    np.testing.assert_array_equal(drawn.noise, noise)
+    timesteps = jax.random.randint(timestep_key, (400,), 0, model.diffusion_timesteps)
+    np.testing.assert_array_equal(drawn.timesteps, timesteps)
+    np.testing.assert_array_equal(drawn.directions, plain.directions)
     assert plain.mirrored is None
     assert plain.shifts is None
     if "mirror" in changes:

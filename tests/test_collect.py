@@ -106,6 +106,21 @@ def test_an_episode_does_not_depend_on_what_is_driven_beside_it(params):
     np.testing.assert_allclose(alone.actions, beside.actions, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_each_environment_goes_on_from_its_own_plan(params, groups):
+    config = CONFIG.replace(planner={"warm_start": True})
+    cold = drive(params, LocalPool(Counting), jobs(3), config=CONFIG)[0].episode
+    alone = drive(params, LocalPool(Counting), jobs(3), config=config)[0].episode
+    # The second of these starts after an episode of another length in the same environment.
+    pool = TwoLocal(functools.partial(Counting, length=5), functools.partial(Counting, length=8))
+    beside = drive(params, pool, jobs(1, 2, 3), config=config, groups=groups)[2].episode
+    steps = len(beside)
+    assert steps in (5, 8)
+    np.testing.assert_allclose(alone.actions[:steps], beside.actions, atol=1e-4)
+    np.testing.assert_array_equal(alone.actions[:3], cold.actions[:3])
+    assert np.abs(alone.actions[3:6] - cold.actions[3:6]).max() > 0.05
+
+
 def test_the_same_job_gives_the_same_episode(params):
     one, two = (
         drive(params, LocalPool(Counting), jobs(3), config=CONFIG, noise_std=0.2)[0].episode

@@ -15,6 +15,11 @@ from valdi_jax.layers import convolve
         ((2, 12, 13, 1), 3, 2, 1, "_convolve_blocks"),
         ((4, 4, 4, 8), 4, 1, 0, "_convolve_whole"),
         ((4, 8, 8, 8), 3, 2, 1, None),
+        ((2, 20, 20, 4), 8, 4, 0, None),
+        ((2, 10, 10, 3), 3, 3, 0, None),
+        ((2, 10, 10, 3), 4, 3, 1, None),
+        ((2, 10, 10, 3), 4, 2, 1, None),
+        ((2, 4, 4, 3), 4, 1, 1, None),
     ],
 )
 def test_a_convolution_is_that_of_jax_and_so_is_its_gradient(
@@ -43,3 +48,22 @@ def test_a_convolution_is_that_of_jax_and_so_is_its_gradient(
             for f in (convolve, jax.lax.conv_general_dilated)
         )
         np.testing.assert_allclose(one, other, atol=1e-6 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding"),
+    [
+        ((5, 5), (3, 1), [(2, 2), (2, 2)]),
+        ((5, 5), (3, 3), [(2, 2), (0, 0)]),
+        ((5, 3), (3, 3), [(2, 2), (2, 2)]),
+        ((12, 12), (1, 1), [(0, 0), (2, 2)]),
+    ],
+)
+def test_a_convolution_that_is_not_square_is_jaxs(kernel, strides, padding):
+    x = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
+    weights = jax.random.normal(jax.random.key(1), (*kernel, 3, 7))
+    ours, theirs = (
+        f(x, weights, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        for f in (convolve, jax.lax.conv_general_dilated)
+    )
+    np.testing.assert_array_equal(ours, theirs)

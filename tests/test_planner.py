@@ -177,6 +177,15 @@ def test_noise_can_be_correlated_along_the_sequence():
     np.testing.assert_array_equal(none, jax.random.normal(key, shape))
 
 
+def test_a_plan_takes_its_correlation(agent):
+    config, params, _, first = agent
+    config = config.replace(planner={"correlation": 1.0, "iterations": 1, "answer": "mean"})
+    # Every candidate, and the exploration noise, is one action throughout.
+    found = plan(params, first, jax.random.key(0), config=config, noise_std=0.5)
+    for sequence in (found.mean, found.actions):
+        np.testing.assert_allclose(sequence, sequence[:1].repeat(15, axis=0), atol=1e-6)
+
+
 def test_a_search_goes_on_from_the_plan_before(agent):
     config, params, _, first = agent
     config = config.replace(planner={"warm_start": True, "action_hold": 3})

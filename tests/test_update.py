@@ -58,6 +58,18 @@ def test_td_lambda_targets_by_hand():
     np.testing.assert_allclose(ended[:2], [1 + 0.5 * 2, 2])
 
 
+def test_the_objective_takes_its_lambda():
+    plain, longer = (configured(td_lambda=value) for value in (0.0, 0.7))
+    state = init_state(jax.random.key(0), EXAMPLE, config=plain)
+    draws = draw(jax.random.key(1), 8, config=plain)
+    metrics = [
+        objective(state.params, state.ema_params, random_batch(), draws, config=config)[1]
+        for config in (plain, longer)
+    ]
+    assert abs(float(metrics[0]["value/target_mean"] - metrics[1]["value/target_mean"])) > 1e-3
+    assert metrics[0]["loss/reward"] == metrics[1]["loss/reward"]
+
+
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
 def test_learning_on_one_batch_lowers_what_it_regresses(dynamics):
     config = configured(dynamics, learning_rate=1e-3)

@@ -9,6 +9,8 @@ agents, which commands take by name (``python -m valdi_jax.evaluate carracing``)
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from safetensors import SafetensorError
 
 from valdi_jax.config import Config, from_dict, to_dict
 from valdi_jax.errors import UsageError
-from valdi_jax.integrity import file_digest, read_signed, write_signed
+from valdi_jax.integrity import file_digest, flush, read_signed, write_signed
 from valdi_jax.types import Params
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
+
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 
 _PACKAGED = Path(__file__).parent / "pretrained"
 
@@ -33,12 +37,19 @@ def packaged() -> list[str]:
 
 
 def locate(where: Path) -> Path | None:
-    """The directory of an exported agent that is meant: itself, its tensors' file, or its name."""
-    if where.name == TENSORS and where.is_file():
-        return where.parent
-    if (where / TENSORS).is_file():
-        return where
-    return _PACKAGED / where if str(where) in packaged() and not where.exists() else None
+    """The directory of an exported agent that is meant: itself, its tensors' file, or its name.
+
+    Raises:
+        UsageError: if the path cannot be looked at.
+    """
+    try:
+        if where.name == TENSORS and where.is_file():
+            return where.parent
+        if (where / TENSORS).is_file():
+            return where
+        return _PACKAGED / where if str(where) in packaged() and not where.exists() else None
+    except OSError as error:
+        raise UsageError(f"cannot read {str(where)[:80]}: {error.strerror}") from error
 
 
 def save(
@@ -54,8 +65,8 @@ def save(
         trained: what is to be said of the training.
 
     Raises:
-        UsageError: if the directory exists or cannot be written, or a parameter is too large for
-            float16.
+        UsageError: if the directory exists or cannot be written, or a parameter is not finite, or
+            too large for float16.
     """
     tensors = {}
     for name, value in traverse_util.flatten_dict(params, sep=".").items():
@@ -65,20 +76,24 @@ def save(
         if not np.isfinite(array).all():
             raise UsageError(f"{name} is not finite{' in float16' if half else ''}")
         tensors[name] = array
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100, it need not exist
+    if directory.exists():
+        raise UsageError(f"{directory} exists already: give a new directory")
     partial = directory.with_name(f"partial-{directory.name}")
     try:
-        if directory.exists():
-            raise UsageError(f"{directory} exists already: give a new directory")
-        partial.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(tensors, partial / TENSORS)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / TENSORS).write_bytes(safetensors.numpy.save(tensors))
         body = {
             "config": to_dict(config),
             "trained": trained,
             "tensors_sha256": file_digest(partial / TENSORS),
         }
         write_signed(partial / CONFIG, body)
+        flush(partial)
         partial.rename(directory)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UsageError(f"cannot write {directory}: {error.strerror}") from error
 
 
@@ -92,9 +107,16 @@ def load(directory: Path) -> tuple[Config, Params, dict[str, Any]]:
         body = read_signed(directory / CONFIG)
         if file_digest(directory / TENSORS) != body["tensors_sha256"]:
             raise ValueError(f"{TENSORS} differs from its checksum")
-        config, trained = from_dict(body["config"]), dict(body["trained"])
-        tensors = safetensors.numpy.load_file(directory / TENSORS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        config, trained = from_dict(body["config"], complete=False), dict(body["trained"])
+        params: Params = {}
+        for name, array in safetensors.numpy.load_file(directory / TENSORS).items():
+            if array.dtype not in (np.float16, np.float32) or not np.isfinite(array).all():
+                raise ValueError(f"{name} does not hold finite numbers of float16 or float32")
+            *path, last = name.split(".")
+            place = params
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = array.astype(np.float32)
+    except (UsageError, OSError, SafetensorError, *_MALFORMED) as error:
         raise UsageError(f"{directory} is not a whole exported agent: {error}") from error
-    tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
-    return config, traverse_util.unflatten_dict(tensors, sep="."), trained
+    return config, params, trained

@@ -8,8 +8,9 @@ import numpy as np
 
 from valdi_jax.types import Array, Batch, Draws
 
-# CarRacing's vector with left and right exchanged: speed, ABS of the wheels front left, front
-# right, rear left, rear right, steering, gyroscope. Of its actions only steering has a side.
+# CarRacing's vector (`envs.carracing.read_proprio`) with left and right exchanged: speed, ABS of
+# the wheels front left, front right, rear left, rear right, steering, gyroscope. Of its actions,
+# steering, gas and brake, only the first has a side.
 _MIRRORED = np.array([0, 2, 1, 4, 3, 5, 6])
 _SIGNS = np.array([1, 1, 1, 1, 1, -1, -1], np.float32)
 _ACTION_SIGNS = np.array([-1, 1, 1], np.float32)
@@ -26,8 +27,14 @@ def augment(batch: Batch, draws: Draws) -> Batch:
 
 
 def mirror(segment: Batch) -> Batch:
-    """A CarRacing segment driven on the mirrored track."""
-    seen = segment.observations
+    """A CarRacing segment driven on the mirrored track.
+
+    Raises:
+        ValueError: if it is of another environment.
+    """
+    seen, size = segment.observations, len(_MIRRORED)
+    if seen.image is None or seen.vector is None or seen.vector.shape[-1] != size:
+        raise ValueError(f"only CarRacing's frames and {size} sensors can be mirrored")
     observations = seen.replace(
         image=seen.image[..., ::-1, :],
         vector=seen.vector[..., _MIRRORED] * _SIGNS,
@@ -38,9 +45,10 @@ def mirror(segment: Batch) -> Batch:
 
 
 def shift(images: Array, by: Array) -> Array:
-    """Frames [..., height, width, channels] moved by [2] pixels; the pixels at the edge repeat.
+    """Frames [..., height, width, channels] moved down and right by [2] pixels, edges repeated.
 
-    Random shifts are those of DrQ (Kostrikov et al., 2020).
+    As DrQ's random shifts (Kostrikov et al., 2020), but all frames of a segment alike, so that the
+    dynamics stay the same.
     """
     for axis, pixels in zip((-3, -2), by, strict=True):
         size = images.shape[axis]

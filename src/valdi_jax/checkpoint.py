@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import io
 import json
@@ -35,9 +34,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
@@ -51,6 +51,7 @@ from valdi_jax.integrity import (
     describe_files,
     file_digest,
     find_damage,
+    flush,
     read_signed,
     write_signed,
 )
@@ -79,8 +80,14 @@ class Progress:
     seconds: float = 0.0  # spent training
 
 
-def create_run(run_dir: Path, config: Config) -> None:
+def create_run(run_dir: Path, config: Config, state: AgentState | None = None) -> None:
     """Make a run directory that holds the configuration.
+
+    Args:
+        run_dir: a directory without a run.
+        config: the run's configuration.
+        state: agent that the run starts from, where that does not follow from the configuration.
+            Its checkpoint is there before the directory counts as a run.
 
     Raises:
         UsageError: if the directory cannot be written, or already holds a run.
@@ -92,9 +99,11 @@ def create_run(run_dir: Path, config: Config) -> None:
                 "with resume=True)"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
+        if state is not None:
+            save(run_dir, state, Progress(), keep=1, replay={})
         save_config(run_dir, config)
     except OSError as error:
-        raise UsageError(f"cannot write to {run_dir}: {error.strerror}") from error
+        raise UsageError(f"cannot write to {run_dir}: {error.strerror or error}") from error
 
 
 def save_config(run_dir: Path, config: Config) -> None:
@@ -112,6 +121,8 @@ def load_config(run_dir: Path) -> Config:
     try:
         if not path.is_file():
             raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
+        if (Path(run_dir) / agents.TENSORS).exists():
+            raise UsageError(f"{run_dir} is an agent, not a run: start one with --init-from")
         data = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} is not a valid configuration: {error}") from error
@@ -152,31 +163,17 @@ def save(
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
         _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
-        _flush(partial)
+        flush(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # what a full disk is least in need of
         raise
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent, recursive=False)
+    flush(final.parent, recursive=False)
     for old in [replaced, *checkpoints(run_dir)[:-keep]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _flush(directory: Path, *, recursive: bool = True) -> None:
-    """Have the system write what is in a directory, lest a power cut take what was said to be."""
-    inside = directory.rglob("*") if recursive else ()
-    for path in [*inside, directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems do not do it for directories
-                raise
-        finally:
-            os.close(descriptor)
 
 
 def save_params(run_dir: Path, params: Params) -> Path:
@@ -322,15 +319,39 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     return path, None
 
 
-class Stored(NamedTuple):
-    """A trained agent, not yet read."""
+@dataclasses.dataclass(frozen=True)
+class StoredAgent:
+    """A trained agent that has been found.
 
-    name: str  # where it is
-    config: Config  # it was trained with
-    load: Callable[[], Params]  # raises UsageError if it is damaged
+    Attributes:
+        name: where it is.
+        config: the configuration that it was trained with.
+    """
+
+    name: str
+    config: Config
+    read: Callable[[], Params]
+
+    def load(
+        self, observation: Observation | None = None, *, config: Config | None = None
+    ) -> Params:
+        """Its parameters, on the device.
+
+        Args:
+            observation: example that its encoder has to take; if given, all shapes are checked.
+            config: what it is to be used with, its own if not given.
+
+        Raises:
+            UsageError: if it is damaged, or naming the first parameter that does not fit.
+        """
+        params = jax.tree.map(jnp.asarray, self.read())
+        if observation is not None:
+            template = _params_template(observation, config or self.config)
+            _check_fit(_shapes(params), _shapes(template), self.name)
+        return params
 
 
-def open_agent(where: Path | str) -> Stored:
+def open_agent(where: Path | str) -> StoredAgent:
     """The agent that is meant by a path or a name.
 
     Args:
@@ -338,13 +359,13 @@ def open_agent(where: Path | str) -> Stored:
             or the name of one that comes with the package.
 
     Raises:
-        UsageError: if it is none of these.
+        UsageError: if it is none of these, or an exported agent that is damaged.
     """
     where = Path(where)
     exported = agents.locate(where)
     if exported is not None:
         config, params, _ = agents.load(exported)
-        return Stored(str(where), config, lambda: params)
+        return StoredAgent(str(where), config, lambda: params)
     run_dir, found = locate(where)
     if not run_dir.exists():
         raise UsageError(
@@ -353,7 +374,7 @@ def open_agent(where: Path | str) -> Stored:
         )
     config = load_config(run_dir)
     found = found or latest(run_dir)
-    return Stored(str(found), config, lambda: read_params(found))
+    return StoredAgent(str(found), config, lambda: read_params(found))
 
 
 def read_params(checkpoint: Path) -> Params:
@@ -367,23 +388,10 @@ def read_params(checkpoint: Path) -> Params:
     return _load_tree(checkpoint / "params", None)
 
 
-def fitting(params: Params, observation: Observation, config: Config, name: str) -> Params:
-    """The parameters, if they are those of a configuration's networks.
-
-    Args:
-        params: of an agent.
-        observation: example that its encoder has to take.
-        config: what it is to be used with.
-        name: where it comes from, for the error.
-
-    Raises:
-        UsageError: naming the first parameter that does not fit.
-    """
-    template = jax.eval_shape(
+def _params_template(observation: Observation, config: Config) -> Params:
+    return jax.eval_shape(
         lambda key: init_params(key, observation, config=config), jax.random.key(0)
     )
-    _check_fit(_shapes(params), _shapes(template), name)
-    return params
 
 
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
@@ -400,10 +408,7 @@ def load_params(checkpoint: Path, observation: Observation, config: Config) -> P
     checkpoint = Path(checkpoint)
     if not (checkpoint / "params").is_dir():
         raise UsageError(f"{checkpoint} is not a checkpoint: latest(RUN) gives the newest of a run")
-    template = jax.eval_shape(
-        lambda key: init_params(key, observation, config=config), jax.random.key(0)
-    )
-    return _load_tree(checkpoint / "params", template)
+    return _load_tree(checkpoint / "params", _params_template(observation, config))
 
 
 def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[AgentState, Progress]:
@@ -458,7 +463,7 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
         "vector": episode.observations.vector,
     }
     digest = _write_arrays(path, arrays)
-    _flush(path.parent, recursive=False)
+    flush(path.parent, recursive=False)
     return digest
 
 
@@ -650,10 +655,11 @@ class Arguments:
     """Command line of the command that lists checkpoints."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory; to export, one of its checkpoints as well."""
+    """Run directory; to export, one of its checkpoints as well. Of an exported agent, say whether
+    it is whole and how it was trained."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write the agent to this new directory, as config.json and model.safetensors, which every
-    command takes that takes a run."""
+    """Write the agent to this new directory, as config.json and model.safetensors, from which it is
+    evaluated, and new runs start with --init-from."""
     half: bool = False
     """Export in half precision (float16)."""
 
@@ -666,6 +672,7 @@ def export(run: Path, directory: Path, *, half: bool = False) -> None:
     """
     run_dir, found = locate(run)
     config, found = load_config(run_dir), found or latest(run_dir)
+    params = read_params(found)  # verifies all that is read below
     progress = _load_progress(found / "progress.json")
     trained = {
         "episodes": progress.episodes,
@@ -673,7 +680,7 @@ def export(run: Path, directory: Path, *, half: bool = False) -> None:
         "updates": read_signed(found / MANIFEST)["updates"],
         "hours": round(progress.seconds / 3600, 2),
     }
-    agents.save(directory, read_params(found), config, half=half, trained=trained)
+    agents.save(directory, params, config, half=half, trained=trained)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -686,6 +693,13 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.half and not arguments.export:
         raise UsageError("--half is for --export")
+    exported = agents.locate(arguments.run)
+    if exported and arguments.export:
+        raise UsageError(f"{arguments.run} is an exported agent already")
+    if exported:
+        for name, value in agents.load(exported)[2].items():  # raises if it is damaged
+            print(f"{name.replace('_', ' ')}: {value}")
+        return 0
     if arguments.export:
         export(arguments.run, arguments.export, half=arguments.half)
         print(arguments.export)

@@ -59,7 +59,8 @@ def plan_batch(
         keys: [B] keys of the episodes.
         decisions: [B] int32, the number of each decision within its episode.
         noise_std: [] exploration noise.
-        carries: [B, ...] of the plans before; not read where a decision is its episode's first.
+        carries: [B, H * C / hold, A] of the plans before, with ``planner.warm_start``; not read
+            where a decision is its episode's first.
         config: the run's configuration.
 
     Returns: first chunks [B, C, A], predicted returns [B], carries for the next plans.
@@ -74,9 +75,11 @@ def plan_batch(
     return plans.actions[:, : config.model.chunk], plans.predicted_return, plans.carry
 
 
-def first_carries(batch: int, config: Config) -> Array | None:
-    """What `plan_batch` takes for ``batch`` environments before it has planned."""
-    return jnp.zeros((batch, *config.search_shape)) if config.planner.warm_start else None
+def first_carries(batch: int, config: Config) -> np.ndarray | None:
+    """What `plan_batch` takes for ``batch`` environments before it has planned, on the host."""
+    if not config.planner.warm_start:
+        return None
+    return np.zeros((batch, *config.search_shape), np.float32)
 
 
 def exploration_noise(episode: int, config: CollectConfig) -> float:
@@ -157,7 +160,7 @@ def drive(
             idle = next(iter(slots))
             places = part + [idle] * (width - len(part))
             batch = [slots.get(index, slots[idle]) for index in places]
-            actions, predicted, carries[group] = plan_batch(
+            actions, predicted, carry = plan_batch(
                 params,
                 jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
                 jnp.stack([slot.job.key for slot in batch]),
@@ -166,7 +169,8 @@ def drive(
                 carries[group],
                 config=config,
             )
-            actions, predicted = np.asarray(actions), np.asarray(predicted)
+            # All to the host: a carry laid out as the parameters are would compile it again.
+            actions, predicted, carries[group] = jax.device_get((actions, predicted, carry))
             planned = time.perf_counter()
             chosen = {index: actions[part.index(index)] for index in slots}
             pool.send(chosen)

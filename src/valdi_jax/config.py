@@ -105,7 +105,8 @@ class PlannerConfig:
     """Environment steps for which candidates and exploration noise hold an action; it divides
     --model.chunk."""
     correlation: float = 0.0
-    """Correlation of the noise of candidates, and of exploration, from one action to the next."""
+    """Correlation, within a plan, of the noise of candidates and of exploration from one held
+    action to the next."""
     warm_start: bool = False
     """Start the search at the mean of the plan before, moved on by the chunk that was executed,
     rather than at zero."""
@@ -162,8 +163,8 @@ class LearnConfig:
     td_encoder: Literal["online", "ema"] = "online"
     """Encoder whose latents the TD target is taken at (the reference: online)."""
     td_lambda: float = 0.0
-    """Weight of longer returns in the TD target, up to the end of the segment: TD(lambda). 0 is the
-    reference's one-step target."""
+    """Weight of longer returns in the TD target, up to the end of the segment: TD(lambda), without
+    a correction for older policies. 0 is the reference's one-step target."""
     mirror: bool = False
     """CarRacing: exchange left and right in half of the training segments."""
     random_shift: int = 0
@@ -451,7 +452,7 @@ def default_config(env: str | None, preset: str | None) -> Config:
         model={"normalize": suited.model.normalize, "chunk": suited.model.chunk},
         learn={
             name: getattr(suited.learn, name)
-            for name in ("bootstrap_terminal", "reward_scale", "discount", "mirror")
+            for name in ("bootstrap_terminal", "reward_scale", "discount", "mirror", "random_shift")
         },
         replay={"sampling": suited.replay.sampling},
     )
@@ -550,8 +551,15 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(data: Any, cls: type = Config, path: str = "") -> Any:
+def from_dict(data: Any, cls: type = Config, path: str = "", *, complete: bool = True) -> Any:
     """A configuration from plain JSON data, strictly.
+
+    Args:
+        data: an object of objects.
+        cls: dataclass to make of it.
+        path: of the object within the configuration.
+        complete: whether no field may be missing; otherwise those take their defaults, which for
+            options that were added later mean what was done before.
 
     Raises:
         UsageError: naming the first field that is unknown, missing or of another type.
@@ -560,17 +568,19 @@ def from_dict(data: Any, cls: type = Config, path: str = "") -> Any:
         raise UsageError(f"{path or 'the configuration'} must be an object")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
-    missing = sorted(set(hints) - set(data))
+    missing = sorted(set(hints) - set(data)) if complete else []
     if unknown or missing:
         what, name = ("unknown", unknown[0]) if unknown else ("missing", missing[0])
         name = name if name.isprintable() else ascii(name)  # a line break, say
         raise UsageError(f"configuration field {path}{name} is {what}")
-    return cls(**{name: _parse(data[name], hints[name], path + name) for name in hints})
+    return cls(
+        **{name: _parse(value, hints[name], path + name, complete) for name, value in data.items()}
+    )
 
 
-def _parse(value: Any, hint: Any, path: str) -> Any:
+def _parse(value: Any, hint: Any, path: str, complete: bool) -> Any:
     if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint, path + ".")
+        return from_dict(value, hint, path + ".", complete=complete)
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value

@@ -31,7 +31,7 @@ def convolutions(height: int, width: int) -> list[tuple[Sides, int, int]]:
     return [*shapes, ((height, width), 1, 0)]
 
 
-def _channels(config: ModelConfig, count: int) -> list[int]:
+def layer_channels(config: ModelConfig, count: int) -> list[int]:
     """Output channels of ``count`` convolutions."""
     first, *halving, last = config.cnn_channels
     middle = [halving[min(i, len(halving) - 1)] for i in range(count - 2)]
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             lead = observation.image.shape[:-3]
             x = _standardize(observation.image.reshape((-1, *observation.image.shape[-3:])))
             shapes = convolutions(*x.shape[1:3])
-            channels = _channels(config, len(shapes))
+            channels = layer_channels(config, len(shapes))
             for i, (features, shape) in enumerate(zip(channels, shapes, strict=True)):
                 x = gelu(Conv(features, *shape, name=f"conv_{i}")(x))
             x = x.reshape((*lead, -1))

@@ -168,7 +168,7 @@ def _check_writable(path: Path) -> None:
         path.unlink()
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.Stored]:
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAgent]:
     """The command line, and the agent, its configuration with the planner that is asked for.
 
     Raises:
@@ -191,7 +191,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.Stored]:
     if arguments.num_envs < 1:
         raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")
     evaluation_seeds(arguments.episodes)
-    return arguments, agent._replace(config=config)
+    return arguments, dataclasses.replace(agent, config=config)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
             f"{arguments.run} was trained with actions of size {config.model.action_dim}, but "
             f"those of {config.env.name} have size {interface.action_dim}"
         )
-    params = checkpoint.fitting(agent.load(), interface.example, config, agent.name)
+    params = agent.load(interface.example)
 
     if arguments.video:
         driven = record_video(params, configs[0], arguments.video)

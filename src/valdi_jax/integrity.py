@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -93,3 +94,17 @@ def find_damage(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         elif file_digest(path) != expected["sha256"]:
             problems.append(f"{path} differs from its checksum")
     return problems + [f"{path} does not belong there" for path in present.values()]
+
+
+def flush(directory: Path, *, recursive: bool = True) -> None:
+    """Force a directory to the disk (fsync), and what is in it if ``recursive``."""
+    inside = directory.rglob("*") if recursive else ()
+    for path in [*inside, directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems do not do it for directories
+                raise
+        finally:
+            os.close(descriptor)

@@ -16,6 +16,7 @@ from valdi_jax.types import Array
 # Uniform in +-1/sqrt(fan_in), which is what PyTorch's default amounts to for both layers below.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+_FEW_CHANNELS = 4
 _CONVOLVE_TILE = 16  # images whose blocks are multiplied at once
 
 
@@ -63,25 +64,35 @@ def convolve(
 ) -> Array:
     """`jax.lax.conv_general_dilated`, in the form that is fastest on a CPU where it runs on one.
 
-    A kernel that takes in its whole input is one matrix product. One over few channels, whose
-    products with XLA's patches are slow, is a product of blocks of pixels (`_convolve_blocks`).
+    A kernel that takes in its whole input is one matrix product. Over few channels XLA's own is
+    slow; there a kernel of 2 s - 1 pixels with stride s is a product of blocks
+    (`_convolve_blocks`).
 
     Args:
         x: [B, height, width, in].
         kernel: [height, width, in, features].
         strides: along height and width.
         padding: before and after, along height and width.
-        settings: of `jax.lax.conv_general_dilated`.
+        settings: of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` gives them; neither
+            dilation nor groups.
+
+    Returns: [B, height', width', features].
     """
 
     def default(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
 
-    stride, pad = strides[0], padding[0][0]
-    if x.shape[1:3] == kernel.shape[:2] and pad == 0:
+    stride = strides[0]
+    padded = {amount for pair in padding for amount in pair}
+    if x.shape[1:3] == kernel.shape[:2] and padded == {0}:
         cpu = _convolve_whole
-    elif x.shape[-1] <= 4 and stride <= kernel.shape[0] - pad <= kernel.shape[0] <= 2 * stride:
-        cpu = functools.partial(_convolve_blocks, default, stride, pad)
+    elif (
+        x.shape[-1] <= _FEW_CHANNELS
+        and strides == (stride, stride)
+        and kernel.shape[:2] == (2 * stride - 1, 2 * stride - 1)
+        and padded == {stride - 1}
+    ):
+        cpu = functools.partial(_convolve_blocks, default, stride)
     else:
         return default(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
@@ -93,21 +104,20 @@ def _convolve_whole(x: Array, kernel: Array) -> Array:
     return product[:, None, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _convolve_blocks(
-    default: Callable[[Array, Array], Array], stride: int, pad: int, x: Array, kernel: Array
+    default: Callable[[Array, Array], Array], stride: int, x: Array, kernel: Array
 ) -> Array:
-    """Strided convolution as one product of stride x stride blocks with all that meets them.
+    """Convolution of stride s, kernel 2 s - 1 and padding s - 1, as a product of s x s blocks.
 
     An output takes in 2 x 2 blocks of the input. Each block is multiplied with the four parts of
     the kernel at once, and every output adds up the four products that are its own.
     """
     _, height, width, channels = x.shape
-    size, features = kernel.shape[0], kernel.shape[-1]
+    features = kernel.shape[-1]
     rows, columns = -(-height // stride), -(-width // stride)
     x = jnp.pad(x, ((0, 0), (0, rows * stride - height), (0, columns * stride - width), (0, 0)))
-    margin = (stride - pad, stride + pad - size)
-    kernel = jnp.pad(kernel, (margin, margin, (0, 0), (0, 0)))
+    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))  # to 2 x 2 blocks
     kernel = kernel.reshape(2, stride, 2, stride, channels, features)
     kernel = kernel.transpose(1, 3, 4, 0, 2, 5).reshape(stride * stride * channels, 4 * features)
 
@@ -122,11 +132,11 @@ def _convolve_blocks(
     return jax.lax.map(one, x, batch_size=_CONVOLVE_TILE)
 
 
-def _convolve_blocks_forward(default, stride, pad, x, kernel):
-    return _convolve_blocks(default, stride, pad, x, kernel), (x, kernel)
+def _convolve_blocks_forward(default, stride, x, kernel):
+    return _convolve_blocks(default, stride, x, kernel), (x, kernel)
 
 
-def _convolve_blocks_backward(default, stride, pad, inputs, gradient):
+def _convolve_blocks_backward(default, stride, inputs, gradient):
     # XLA's own is faster than the transpose of the above.
     return jax.vjp(default, *inputs)[1](gradient)
 

@@ -24,6 +24,8 @@ def td_targets(
 ) -> Array:
     """TD(lambda) targets [..., H + 1] in world-model steps, one-step targets by default.
 
+    Longer returns are those of the actions in the replay, without a correction for older policies.
+
     Args:
         rewards: [..., H + 1, C] of each environment step.
         next_values: [..., H + 1] value after each chunk.
@@ -39,8 +41,8 @@ def td_targets(
         return rewards + continues * next_values
 
     def step(after: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        reward, discount, value = inputs
-        target = reward + discount * ((1 - td_lambda) * value + td_lambda * after)
+        reward, continues, value = inputs
+        target = reward + continues * ((1 - td_lambda) * value + td_lambda * after)
         return target, target
 
     inputs = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, continues, next_values))

@@ -135,7 +135,8 @@ def plan(
         key: PRNG key; the same key gives the same plan.
         config: the run's configuration (static: another one compiles again).
         noise_std: standard deviation of the exploration noise added before tanh.
-        carry: of the plan before (``Plan.carry``), where ``planner.warm_start``; none at first.
+        carry: [H * C / hold, A] mean that the search starts from: ``Plan.carry`` of the plan
+            before, with ``planner.warm_start``. Zero if not given.
 
     Returns: the plan; execute its first C actions, then plan again.
     """
@@ -182,7 +183,7 @@ def plan(
         predicted_return=chosen_score,
         mean=hold(found.mean, settings.action_hold),
         std=hold(found.std, settings.action_hold),
-        carry=move_on(found.mean, config=config) if settings.warm_start else None,
+        carry=shift_mean(found.mean, config=config) if settings.warm_start else None,
     )
 
 
@@ -192,7 +193,10 @@ def hold(sequences: Array, steps: int) -> Array:
 
 
 def correlated_normal(key: Array, shape: tuple[int, ...], *, correlation: float) -> Array:
-    """Standard normal noise [..., S, A], an AR(1) process along S: x_t = c x_(t-1) + ..."""
+    """Standard normal noise [..., S, A], along S an AR(1) process.
+
+    x_t = c x_{t-1} + sqrt(1 - c^2) e_t with the correlation c and independent normal e_t.
+    """
     noise = jax.random.normal(key, shape)
     if correlation == 0:
         return noise
@@ -202,10 +206,11 @@ def correlated_normal(key: Array, shape: tuple[int, ...], *, correlation: float)
     return jnp.einsum("st,...ta->...sa", jnp.asarray(mixing, jnp.float32), noise)
 
 
-def move_on(mean: Array, *, config: Config) -> Array:
+def shift_mean(mean: Array, *, config: Config) -> Array:
     """The mean [S, A] that the next search starts from, once a chunk has been executed.
 
-    It is bounded: where tanh has saturated, nothing in the score pulls a mean back.
+    It is bounded so that samples around it still reach either sign: where tanh has saturated,
+    nothing in the score pulls a mean back.
     """
     executed = config.model.chunk // config.planner.action_hold
     mean = jnp.concatenate([mean[executed:], jnp.zeros_like(mean[:executed])])

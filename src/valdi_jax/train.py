@@ -48,8 +48,8 @@ class Arguments:
     """Command line of the training command."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing on two
-    cores in an hour or two), tiny (a smoke run of about a minute), pendulum, mountaincar,
+    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in
+    an hour of one core), tiny (a smoke run of about a minute), pendulum, mountaincar,
     lunarlander, bipedalwalker, bipedalwalker-hardcore, or gym (any other environment). By default
     what suits the environment: paper for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -101,18 +101,21 @@ def train(
     validate(config)
     check(example, config)
     init_key, drive_key = jax.random.split(jax.random.key(config.seed))
-    given = None
-    if init_from is not None:
-        agent = checkpoint.open_agent(init_from)
-        given = checkpoint.fitting(agent.load(), example, config, agent.name)
+    if resume and init_from is not None:
+        raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
     if resume:
         _refuse_changes(checkpoint.load_config(run_dir), config)
+    elif init_from is not None:
+        given = checkpoint.open_agent(init_from).load(example, config=config)
+        first = start_from(init_state(init_key, example, config=config), given)
+        checkpoint.create_run(run_dir, config, first)
     else:
         checkpoint.create_run(run_dir, config)
 
     with cli.interruptible() as interrupt, contextlib.ExitStack() as stack:
         stack.enter_context(checkpoint.lock(run_dir))
-        found, digests, sentences = checkpoint.recover(run_dir) if resume else (None, {}, [])
+        kept = resume or init_from is not None
+        found, digests, sentences = checkpoint.recover(run_dir) if kept else (None, {}, [])
         say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
         say(f"run directory: {run_dir}")
         for sentence in sentences:
@@ -121,8 +124,6 @@ def train(
             state, progress = checkpoint.load(found, example, config)
         else:  # also where a run ended before its first checkpoint
             state, progress = init_state(init_key, example, config=config), Progress()
-            if given is not None:
-                state = start_from(state, given)
         if config.collect.episodes < progress.episodes:
             raise UsageError(
                 f"--collect.episodes is {config.collect.episodes}, but the run has driven "
@@ -171,8 +172,6 @@ def train(
         )
         if config.planner.candidates * config.planner.iterations >= 2000:
             run.say_cost(example)
-        if given is not None:
-            run.save()  # resuming is to find these parameters, however early it is stopped
         stack.enter_context(display)
         run.go()
     return learner.state
