@@ -1,6 +1,6 @@
 """Trained agents as files, in the layout that model hubs use.
 
-    DIR/config.json          what the agent is: its configuration, what it sees, how it was trained
+    DIR/config.json          its configuration and how it was trained
     DIR/model.safetensors    its parameters, named by their path (``encoder.head.linear_0...``)
 
 ``config.json`` holds the checksum of the parameters and its own. The package comes with a few
