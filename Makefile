@@ -1,6 +1,6 @@
 # make train   train on CarRacing with the preset that suits this machine
 # make test    run the tests
-# make lint    check style
+# make lint    check style and types
 # make bench   measure the planner, the update, the environment and whole training
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python benchmarks/planner_hz.py

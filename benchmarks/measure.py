@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from valdi_jax.config import Config, ModelConfig
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
 
 Products = Counter  # (rows, inner, columns) of a matrix product -> how often
 

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from valdi_jax import PRESETS, init_params, plan
 from valdi_jax.config import Config
-from valdi_jax.types import Array, Observation, Params
+from valdi_jax.observation import Observation
+from valdi_jax.types import Array, Params
 
 ROWS = ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp")  # model / DDIM steps
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from valdi_jax import PRESETS
 from valdi_jax.config import Config
-from valdi_jax.progress import read_jsonl
+from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import train
 
 PAPER_EPISODES = 5000

@@ -15,7 +15,7 @@ import numpy as np
 
 from valdi_jax import PRESETS, Batch, init_state, update
 from valdi_jax.config import Config
-from valdi_jax.encoder import convolutions, layer_channels
+from valdi_jax.networks.encoder import convolutions, layer_channels
 
 ROWS = ("diffusion", "diffusion/ema", "mlp", "mlp/ema")  # ema: the encoder of the TD target
 

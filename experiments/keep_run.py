@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from valdi_jax.progress import read_jsonl
+from valdi_jax.run.log import read_jsonl
 
 METRICS = (
     "episode",

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from valdi_jax.progress import read_jsonl
+from valdi_jax.run.log import read_jsonl
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

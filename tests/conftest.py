@@ -10,14 +10,19 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from valdi_jax.config import PRESETS, Config
+from valdi_jax.config import Config
 from valdi_jax.convert import params_from_reference
-from valdi_jax.types import Batch, Draws, Observation
+from valdi_jax.dynamics.diffusion import DiffusionDraws
+from valdi_jax.dynamics.flow import FlowDraws
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.types import Batch, Draws
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -25,6 +30,8 @@ PARITY = Path(__file__).parent / "parity"
 def pytest_configure(config):
     """What the tests, two at a time, and the processes that they start have in common."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
+    # Arrays of unlike rank meet only where the code says how.
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Most of their time would go into compiling what another test has compiled before.
         directory = tempfile.mkdtemp(prefix="valdi-jax-tests-")
@@ -81,7 +88,13 @@ class Parity:
         return self.numbers[key]
 
 
-@pytest.fixture(scope="session", params=["diffusion", "mlp"])
+def dynamics_draws(dynamics: str, numbers: dict[str, np.ndarray]) -> Any:
+    if dynamics == "diffusion":
+        return DiffusionDraws(numbers["eps"], numbers["step"].astype(np.int32))
+    return FlowDraws(numbers["eps"], numbers["time"]) if dynamics == "flow" else None
+
+
+@pytest.fixture(scope="session", params=["diffusion", "mlp", "flow"])
 def parity(request) -> Parity:
     config = dataclasses.replace(
         PRESETS["paper"],
@@ -89,17 +102,16 @@ def parity(request) -> Parity:
     )
     with np.load(PARITY / f"official_{request.param}.npz", allow_pickle=False) as file:
         numbers = dict(file)
+    if request.param == "flow":  # what it shares with diffusion is stored once
+        with np.load(PARITY / "official_diffusion.npz", allow_pickle=False) as file:
+            numbers = dict(file) | numbers
     batch = Batch(
         observations=Observation(image=numbers["rgb"], vector=numbers["proprio"]),
         actions=numbers["actions"],
         rewards=numbers["rewards"],
         terminals=np.zeros(numbers["actions"].shape[:2], np.float32),
     )
-    draws = Draws(
-        noise=numbers.get("eps", np.zeros((4, 5, 64), np.float32)),
-        timesteps=numbers.get("step", np.zeros(4, np.int64)).astype(np.int32),
-        directions=numbers["slices"],
-    )
+    draws = {"sigreg": numbers["slices"], "dynamics": dynamics_draws(request.param, numbers)}
     with jax.default_device(jax.devices("cpu")[0]):
         params, ema_params = (
             params_from_reference(reference_tensors(request.param, prefix), config)

@@ -11,10 +11,10 @@ from rich.console import Console
 from test_update import EXAMPLE, random_batch
 from toy import CONFIG, make_counting
 
-from valdi_jax import checkpoint
-from valdi_jax.collect import plan_batch
+from valdi_jax.data.rollout import plan_batch
+from valdi_jax.run import checkpoint
 from valdi_jax.train import train
-from valdi_jax.update import init_state, shardings, update
+from valdi_jax.updates import init_state, shardings, update
 
 
 def losses_agree_with_one_device():
@@ -37,7 +37,7 @@ def devices_share_the_candidates_of_a_plan():
     params = init_state(jax.random.key(0), EXAMPLE, config=CONFIG).params
     keys = jax.random.split(jax.random.key(1), 3)
     observations = jax.tree.map(lambda x: np.stack([x] * 3), EXAMPLE)
-    settings = {"config": CONFIG}
+    settings = {"config": CONFIG.graph}
     one = (params, observations, keys, np.arange(3, dtype=np.int32), np.float32(0.1))
     alone = plan_batch.lower(*one, **settings).compile()
     for mesh in (whole.mesh, jax.make_mesh((8,), ("devices",))):  # automatic and explicit axes

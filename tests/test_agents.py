@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from toy import CONFIG, make_counting
 
-from valdi_jax import agents, checkpoint, evaluate, integrity
-from valdi_jax.checkpoint import Progress
-from valdi_jax.config import PRESETS
+from valdi_jax import checkpoint as command
+from valdi_jax import evaluate
+from valdi_jax.data.source import Progress
 from valdi_jax.envs import interface_of, make_env
 from valdi_jax.errors import UsageError
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.run import agents, checkpoint, manifest
 from valdi_jax.train import parse_arguments, train
-from valdi_jax.types import Observation
-from valdi_jax.update import init_state
+from valdi_jax.updates import init_state
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
 NORMALIZED = CONFIG.replace(model={"normalize": True})
@@ -44,7 +46,7 @@ def run(tmp_path_factory, state):
 
 @pytest.fixture
 def exported(run, tmp_path):
-    assert checkpoint.main([str(run), "--export", str(tmp_path / "agent")]) == 0
+    assert command.main([str(run), "--export", str(tmp_path / "agent")]) == 0
     return tmp_path / "agent"
 
 
@@ -96,20 +98,20 @@ def test_damage_is_found(exported, name, position, byte, cut):
 )
 def test_tensors_that_are_no_agent_are_refused(exported, tensors, message):
     safetensors.numpy.save_file(tensors, exported / "model.safetensors")
-    body = integrity.read_signed(exported / "config.json")
-    body["tensors_sha256"] = integrity.file_digest(exported / "model.safetensors")
-    integrity.write_signed(exported / "config.json", body)
+    body = manifest.read_signed(exported / "config.json")
+    body["tensors_sha256"] = manifest.file_digest(exported / "model.safetensors")
+    manifest.write_signed(exported / "config.json", body)
     with pytest.raises(UsageError, match=message):
         checkpoint.open_agent(exported).load(EXAMPLE)
 
 
 def test_an_agent_from_before_an_option_was_added_does_as_it_did(exported):
-    body = integrity.read_signed(exported / "config.json")
+    body = manifest.read_signed(exported / "config.json")
     del body["config"]["planner"]["warm_start"]
-    integrity.write_signed(exported / "config.json", body)
+    manifest.write_signed(exported / "config.json", body)
     assert checkpoint.open_agent(exported).config == NORMALIZED
     body["config"]["planner"]["other"] = 1
-    integrity.write_signed(exported / "config.json", body)
+    manifest.write_signed(exported / "config.json", body)
     with pytest.raises(UsageError, match="other is unknown"):
         checkpoint.open_agent(exported)
 
@@ -133,12 +135,12 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_an_exported_agent_is_described_and_is_no_run(exported, capsys):
-    assert checkpoint.main([str(exported)]) == 0
+    assert command.main([str(exported)]) == 0
     assert "episodes: 7\n" in capsys.readouterr().out
     with pytest.raises(UsageError, match="an agent, not a run: start one with --init-from"):
         parse_arguments(["--resume", str(exported)])
     with pytest.raises(UsageError, match="is an exported agent already"):
-        checkpoint.main([str(exported), "--export", "other"])
+        command.main([str(exported), "--export", "other"])
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "no/where"])
@@ -155,7 +157,7 @@ def test_a_directory_that_is_there_is_refused(run, directory):
 
 def test_nothing_is_written_over(run, exported):
     with pytest.raises(UsageError, match="exists already"):
-        checkpoint.main([str(run), "--export", str(exported)])
+        command.main([str(run), "--export", str(exported)])
 
 
 def test_what_is_no_agent_is_named(tmp_path):

@@ -4,12 +4,12 @@ import pytest
 from gymnasium.envs.box2d.car_dynamics import WHEELPOS
 from toy import CONFIG
 
-from valdi_jax.augment import augment, mirror, shift
-from valdi_jax.config import PRESETS
-from valdi_jax.losses import objective
+from valdi_jax.data.augment import AugmentDraws, augment, mirror, shift
+from valdi_jax.losses import draw, objective
 from valdi_jax.model import init_params
-from valdi_jax.types import Batch, Draws, Observation
-from valdi_jax.update import draw
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.types import Batch
 
 
 def random_batch(size=3, side=6):
@@ -26,7 +26,7 @@ def random_batch(size=3, side=6):
 
 
 def draws(**changes):
-    return Draws(noise=None, timesteps=None, directions=None, **changes)
+    return AugmentDraws(**changes)
 
 
 def test_a_mirrored_segment_by_hand():
@@ -75,7 +75,7 @@ def test_all_frames_of_a_segment_are_changed_alike_and_the_others_not_at_all():
 
 def test_only_carracing_can_be_mirrored():
     batch = random_batch()
-    blind = batch.replace(observations=batch.observations.replace(image=None))
+    blind = batch.replace(observations=batch.observations._replace(image=None))
     with pytest.raises(ValueError, match="only CarRacing's frames"):
         mirror(blind)
 
@@ -90,7 +90,7 @@ def test_the_objective_is_that_of_the_changed_segments():
         for i in range(2)
     )
     plain = draw(jax.random.key(0), 3, config=config)
-    all_mirrored = plain.replace(mirrored=np.ones(3, bool))
+    all_mirrored = plain | {"augment": draws(mirrored=np.ones(3, bool))}
     asked, _ = objective(params, ema_params, batch, all_mirrored, config=config)
     expected, _ = objective(params, ema_params, mirror(batch), plain, config=config)
     unchanged, _ = objective(params, ema_params, batch, plain, config=config)
@@ -111,13 +111,12 @@ def test_what_else_is_drawn_stays_the_same(changes):
     noise_key, timestep_key, _ = jax.random.split(key, 3)  # as before there were other draws
     model = CONFIG.model
     noise = jax.random.normal(noise_key, (400, model.horizon, model.latent_dim))
-    np.testing.assert_array_equal(drawn.noise, noise)
+    np.testing.assert_array_equal(drawn["dynamics"].noise, noise)
     timesteps = jax.random.randint(timestep_key, (400,), 0, model.diffusion_timesteps)
-    np.testing.assert_array_equal(drawn.timesteps, timesteps)
-    np.testing.assert_array_equal(drawn.directions, plain.directions)
-    assert plain.mirrored is None
-    assert plain.shifts is None
+    np.testing.assert_array_equal(drawn["dynamics"].timesteps, timesteps)
+    np.testing.assert_array_equal(drawn["sigreg"], plain["sigreg"])
+    assert plain["augment"] == draws()
     if "mirror" in changes:
-        assert 150 < drawn.mirrored.sum() < 250
+        assert 150 < drawn["augment"].mirrored.sum() < 250
     else:
-        assert set(np.unique(drawn.shifts)) == set(range(-4, 5))
+        assert set(np.unique(drawn["augment"].shifts)) == set(range(-4, 5))

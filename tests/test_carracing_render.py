@@ -40,21 +40,21 @@ def wander(env, step):
     return rng.uniform([-1, -1, -1], [1, 1, 0.3])
 
 
-DRIVES = [chase, leave, spin, skid, wander]
+POLICIES = [chase, leave, spin, skid, wander]
 
 
 def pair(**settings):
     return CarRacing(**settings), FastCarRacing(**settings)
 
 
-def compare_drive(seed, drive, steps, **settings):
+def compare(seed, policy, steps, **settings):
     """Drive both side by side; whether any step was terminal, and the score."""
     reference, fast = pair(**settings)
     expected, _ = reference.reset(seed=seed)
     np.testing.assert_array_equal(fast.reset(seed=seed)[0], expected)
     ended, score = False, 0.0
     for step in range(steps):
-        action = np.clip(drive(reference, step), -1, 1).astype(np.float32)
+        action = np.clip(policy(reference, step), -1, 1).astype(np.float32)
         (expected, *rest), (frame, *fast_rest) = reference.step(action), fast.step(action)
         np.testing.assert_array_equal(frame, expected, err_msg=f"track {seed}, step {step}")
         assert fast_rest == rest, f"track {seed}, step {step}"
@@ -66,28 +66,28 @@ def compare_drive(seed, drive, steps, **settings):
 
 
 @pytest.mark.parametrize(
-    ("seed", "drive", "steps"),
+    ("seed", "policy", "steps"),
     [(0, chase, 200), (1, spin, 200), (2, skid, 150), (3, wander, 120)],
 )
-def test_a_drive_is_gymnasiums_pixel_for_pixel(seed, drive, steps):
-    compare_drive(seed, drive, steps)
+def test_a_rollout_is_gymnasiums_pixel_for_pixel(seed, policy, steps):
+    compare(seed, policy, steps)
 
 
 def test_so_is_one_out_of_the_playfield():
-    ended, _ = compare_drive(6, leave, 190)
+    ended, _ = compare(6, leave, 190)
     assert ended
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.__name__)
-def test_whole_episodes_are_gymnasiums_pixel_for_pixel(drive):
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
+def test_whole_episodes_are_gymnasiums_pixel_for_pixel(policy):
     for seed in range(100, 108):
-        _, score = compare_drive(seed, drive, 600)
-        assert drive is not chase or score > 300, "a drive along the road must see much of it"
+        _, score = compare(seed, policy, 600)
+        assert policy is not chase or score > 300, "a policy along the road must see much of it"
 
 
 def test_colours_may_be_random():
-    compare_drive(5, spin, 60, domain_randomize=True)
+    compare(5, spin, 60, domain_randomize=True)
 
 
 def place(env, rng_seed):

@@ -12,12 +12,14 @@ import pytest
 from test_replay import episode
 from toy import CONFIG
 
-from valdi_jax import checkpoint
-from valdi_jax.checkpoint import Progress
-from valdi_jax.config import PRESETS, to_dict
+from valdi_jax import checkpoint as command
+from valdi_jax.config import to_dict
+from valdi_jax.data.source import Progress
 from valdi_jax.errors import UsageError
-from valdi_jax.types import Observation
-from valdi_jax.update import init_state
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.run import checkpoint
+from valdi_jax.updates import init_state
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
 
@@ -118,11 +120,17 @@ def test_configurations_survive_the_round_trip(tmp_path, preset):
     ("edit", "message"),
     [
         (lambda d: d["model"].update(latent=3), "field model.latent is unknown"),
-        (lambda d: d["model"].pop("horizon"), "field model.horizon is missing"),
-        (lambda d: d["learn"].update(batch_size="many"), "field learn.batch_size cannot be 'many'"),
-        (lambda d: d["learn"].update(batch_size=True), "field learn.batch_size cannot be True"),
-        (lambda d: d["model"].update(dynamics="flow"), "field model.dynamics cannot be 'flow'"),
-        (lambda d: d.update(env=3), "env. must be an object"),
+        (
+            lambda d: d["learn"].update(batch_size="many"),
+            "field learn.batch_size is 'many'; it should be",
+        ),
+        (
+            lambda d: d["learn"].update(batch_size=True),
+            "field learn.batch_size is True; it should be",
+        ),
+        (lambda d: d["planner"].update(answer="worst"), "field planner.answer is 'worst'"),
+        (lambda d: d["learn"].update(batch_size=0), "field learn.batch_size is 0; it should be"),
+        (lambda d: d.update(env=3), "field env is 3; it should be an object"),
     ],
 )
 def test_a_configuration_file_is_read_strictly(run, edit, message):
@@ -131,6 +139,15 @@ def test_a_configuration_file_is_read_strictly(run, edit, message):
     (run / "config.json").write_text(json.dumps(data))
     with pytest.raises(UsageError, match=message):
         checkpoint.load_config(run)
+
+
+def test_a_run_of_before_an_option_was_there_does_as_it_did(run):
+    data = to_dict(CONFIG)
+    del data["learn"]["td_lambda"], data["planner"]["kind"], data["planner"]["icem"]
+    (run / "config.json").write_text(json.dumps(data))
+    assert checkpoint.load_config(run) == CONFIG
+    icem = [f"planner.icem.{field.name}" for field in dataclasses.fields(CONFIG.planner.icem)]
+    assert set(checkpoint.options_since(run)) == {"learn.td_lambda", "planner.kind", *icem}
 
 
 def test_a_configuration_file_that_is_not_json_is_refused(run):
@@ -165,7 +182,7 @@ def test_an_episode_of_another_environment_is_refused(run):
     checkpoint.save_episode(run, 3, episode(3, 20))
     for example, config in (
         (Observation(vector=np.zeros(5, np.float32)), CONFIG),
-        (EXAMPLE.replace(image=np.zeros((8, 8, 3), np.uint8)), CONFIG),
+        (EXAMPLE._replace(image=np.zeros((8, 8, 3), np.uint8)), CONFIG),
         (EXAMPLE, CONFIG.replace(model={"action_dim": 2})),
     ):
         with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz.*it holds"):
@@ -230,7 +247,7 @@ def test_a_whole_run_goes_on_from_its_newest_checkpoint(driven):
     assert used.name == "00000003"
     assert list(digests) == [0, 1, 2]
     assert sentences == []
-    assert checkpoint.main([str(driven)]) == 0
+    assert command.main([str(driven)]) == 0
 
 
 def test_a_checkpoint_that_a_kill_left_half_replaced_is_not_lost(driven):
@@ -264,7 +281,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found_by_name(driven):
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(driven, capsys):
     flip(next((driven / "checkpoints/00000003/params").rglob("d/*")), 7)
-    assert checkpoint.main([str(driven)]) == 1
+    assert command.main([str(driven)]) == 1
     output = capsys.readouterr().out
     assert "damaged" in output
     assert "differs from its checksum" in output

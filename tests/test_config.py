@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 from toy import CONFIG
 
-from valdi_jax.config import PRESETS, default_config, validate
+from valdi_jax.config import validate
 from valdi_jax.errors import UsageError
+from valdi_jax.presets import PRESETS, default_config
 from valdi_jax.train import train
 
 
@@ -76,31 +77,79 @@ def test_presets_are_valid_and_hashable(preset):
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("planner", {"elites": 600}, "--planner.elites is 600; it must be at most 512"),
-        ("planner", {"iterations": 0}, "--planner.iterations is 0; it must be at least 1"),
+        (
+            "planner",
+            {"elites": 600},
+            "--planner.elites is 600; it must be at most --planner.candidates",
+        ),
+        (
+            "planner",
+            {"iterations": 0},
+            "--planner.iterations is 0; it should be greater than or equal to 1",
+        ),
         (
             "planner",
             {"diffusion_steps": 1001},
-            "--planner.diffusion-steps is 1001; it must be at most 1000",
+            "--planner.diffusion-steps is 1001; it must be at most --model.diffusion-timesteps",
         ),
         ("planner", {"action_hold": 2}, "--planner.action-hold is 2; it must divide"),
-        ("planner", {"correlation": 1.5}, "--planner.correlation is 1.5; it must be at most 1"),
-        ("learn", {"td_lambda": -0.1}, "--learn.td-lambda is -0.1; it must be at least 0"),
+        (
+            "planner",
+            {"correlation": 1.5},
+            "--planner.correlation is 1.5; it should be less than or equal to 1",
+        ),
+        (
+            "learn",
+            {"td_lambda": -0.1},
+            "--learn.td-lambda is -0.1; it should be greater than or equal to 0",
+        ),
         ("env", {"downsample": 5}, "--env.downsample is 5; it must divide 96"),
-        ("learn", {"batch_size": 0}, "--learn.batch-size is 0; it must be at least 1"),
-        ("learn", {"discount": 1.5}, "--learn.discount is 1.5; it must be above 0 and at most 1"),
-        ("collect", {"num_envs": 0}, "--collect.num-envs is 0; it must be at least 1"),
-        ("env", {"max_steps": 17}, "--env.max-steps is 17; it must be at least 18"),
+        (
+            "learn",
+            {"batch_size": 0},
+            "--learn.batch-size is 0; it should be greater than or equal to 1",
+        ),
+        (
+            "learn",
+            {"discount": 1.5},
+            "--learn.discount is 1.5; it should be less than or equal to 1",
+        ),
+        (
+            "collect",
+            {"num_envs": 0},
+            "--collect.num-envs is 0; it should be greater than or equal to 1",
+        ),
+        (
+            "env",
+            {"max_steps": 17},
+            "--env.max-steps is 17; it must be at least 18",
+        ),
         (
             "env",
             {"max_steps": 34, "action_repeat": 2},
             "--env.max-steps is 34; it must be at least 35",
         ),
-        ("env", {"action_repeat": 0}, "--env.action-repeat is 0; it must be at least 1"),
-        ("eval", {"episodes": 101}, "--eval.episodes is 101; it must be at most 100"),
-        ("env", {"patience": -5}, "--env.patience is -5; it must be at least 0"),
-        ("learn", {"ema_rate": 5.0}, "--learn.ema-rate is 5.0; it must be above 0 and at most 1"),
-        ("learn", {"sigreg_knots": 1}, "--learn.sigreg-knots is 1; it must be at least 2"),
+        (
+            "env",
+            {"action_repeat": 0},
+            "--env.action-repeat is 0; it should be greater than or equal to 1",
+        ),
+        (
+            "eval",
+            {"episodes": 101},
+            "--eval.episodes is 101; it should be less than or equal to 100",
+        ),
+        ("env", {"patience": -5}, "--env.patience is -5; it should be greater than or equal to 0"),
+        (
+            "learn",
+            {"ema_rate": 5.0},
+            "--learn.ema-rate is 5.0; it should be less than or equal to 1",
+        ),
+        (
+            "learn",
+            {"sigreg_knots": 1},
+            "--learn.sigreg-knots is 1; it should be greater than or equal to 2",
+        ),
         ("collect", {"noise_start": float("nan")}, "--collect.noise-start is nan"),
         ("collect", {"seed_episodes": -3}, "--collect.seed-episodes is -3"),
         ("model", {"transformer_heads": 3}, "must be a multiple of --model.transformer-heads"),
@@ -109,16 +158,33 @@ def test_presets_are_valid_and_hashable(preset):
             {"transformer_width": 32},
             "--model.transformer-width is 32; it must be at least",
         ),
-        ("model", {"cnn_channels": (4, 8)}, "must be five numbers above 0"),
+        ("model", {"cnn_channels": (4, 8)}, "should have at least 5 items"),
     ],
 )
 def test_values_out_of_range_are_named(section, change, message):
-    paper = PRESETS["paper"]
-    config = dataclasses.replace(
-        paper, **{section: dataclasses.replace(getattr(paper, section), **change)}
-    )
     with pytest.raises(UsageError, match=message):
-        validate(config)
+        validate(PRESETS["paper"].replace(**{section: change}))
+
+
+def test_a_configuration_is_checked_strictly_where_it_is_made():
+    for wrong in ({"batch_size": 8.0}, {"batch_size": "8"}, {"mirror": 1}, {"terms": ["value"]}):
+        with pytest.raises(UsageError, match=f"--learn.{next(iter(wrong)).replace('_', '-')} is"):
+            PRESETS["paper"].replace(learn=wrong)
+    with pytest.raises(TypeError, match="LearnConfig has no field batchsize"):
+        PRESETS["paper"].replace(learn={"batchsize": 8})
+
+
+def test_only_what_shapes_a_graph_tells_graphs_apart():
+    paper = PRESETS["paper"]
+    for same in ({"eval": {"every": 1}}, {"env": {"patience": 9}}, {"learn": {"devices": 2}}):
+        assert paper.replace(**same).graph == paper.graph
+    assert dataclasses.replace(paper, seed=3).graph == paper.graph
+    for other in (
+        {"model": {"horizon": 4}},
+        {"planner": {"elites": 9}},
+        {"learn": {"discount": 0.9}},
+    ):
+        assert paper.replace(**other).graph != paper.graph
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from conftest import reference_tensors
 
-from valdi_jax.config import PRESETS
 from valdi_jax.convert import params_from_reference
+from valdi_jax.presets import PRESETS
 
 PAPER = PRESETS["paper"]
 

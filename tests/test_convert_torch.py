@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from conftest import reference_tensors
 
-from valdi_jax import checkpoint, convert
+from valdi_jax import convert
 from valdi_jax.errors import UsageError
+from valdi_jax.run import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the extra 'torch'")
 
@@ -37,7 +38,7 @@ class Malicious:
     [
         ({"model": Malicious()}, "not a checkpoint of tensors and plain data"),
         ({"weights": {}}, "has no 'model'"),
-        ({"model": {}, "cfg": {"dynamics_type": "flow"}}, "no 'flow' dynamics"),
+        ({"model": {}, "cfg": {"dynamics_type": "gan"}}, "unknown 'gan'"),
         ({"model": {}, "cfg": {"pop_size": "many"}}, "'pop_size' of the checkpoint is 'many'"),
         ({"model": {}, "cfg": {}}, "tensors are missing"),
     ],

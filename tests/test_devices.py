@@ -10,9 +10,9 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax.errors import UsageError
-from valdi_jax.learner import sharing
+from valdi_jax.run.learner import sharing
 from valdi_jax.train import train
-from valdi_jax.update import shardings
+from valdi_jax.updates import shardings
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
 from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from valdi_jax import checkpoint, evaluate
-from valdi_jax.config import PRESETS
+from valdi_jax import evaluate
 from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.run import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from valdi_jax import checkpoint
-from valdi_jax.progress import read_jsonl
+from valdi_jax.run import checkpoint
+from valdi_jax.run.log import read_jsonl
 
 HERE = Path(__file__).parent
 EPISODES = 24

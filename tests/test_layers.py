@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax import layers
-from valdi_jax.layers import convolve
+from valdi_jax.networks import layers
+from valdi_jax.networks.layers import convolve
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,17 @@ from rich.console import Console
 from test_update import EXAMPLE
 from toy import CONFIG, make_counting
 
-from valdi_jax import cli
-from valdi_jax import learner as learner_module
+from valdi_jax import cli, updates
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.replay import Replay
+from valdi_jax.data.store import store_episode, store_shapes
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.learner import Learner, place
-from valdi_jax.progress import read_jsonl
-from valdi_jax.replay import Episode, Replay, store_episode, store_shapes
+from valdi_jax.observation import Observation
+from valdi_jax.run import learner as learner_module
+from valdi_jax.run.learner import Learner, place
+from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import train
-from valdi_jax.types import Observation
-from valdi_jax.update import init_state
+from valdi_jax.updates import init_state
 
 DEVICE = CONFIG.replace(replay={"placement": "device"}, learn={"updates_per_dispatch": 3})
 
@@ -79,22 +81,22 @@ def test_updates_from_the_device_are_those_from_the_host(tmp_path):
 def test_one_compilation_serves_dispatches_of_any_length(tmp_path):
     learner = make_learner(DEVICE.replace(learn={"learning_rate": 2e-3}), tmp_path)
     learner.add(random_episode(0))
-    before = learner_module.update_from_store._cache_size()
+    before = updates._update_from_store._cache_size()
     each = []
     learner.learn(7, each)  # 3, 3 and 1
     assert len(each) == 7
-    assert learner_module.update_from_store._cache_size() == before + 1
+    assert updates._update_from_store._cache_size() == before + 1
 
 
 def test_one_compilation_serves_a_state_that_is_loaded_and_observes(tmp_path):
     config = CONFIG.replace(
         model={"normalize": True}, learn={"learning_rate": 3e-3}, checkpoint={"every": 1}
     )
-    before = learner_module.update._cache_size()
+    before = updates._jitted_update._cache_size()
     run(tmp_path / "run", 4, config)
-    assert learner_module.update._cache_size() == before + 1
+    assert updates._jitted_update._cache_size() == before + 1
     run(tmp_path / "run", 6, config, resume=True)
-    assert learner_module.update._cache_size() == before + 2, "another collect.episodes is another"
+    assert updates._jitted_update._cache_size() == before + 1
 
 
 def test_a_resumed_run_from_the_device_equals_a_straight_one(tmp_path):

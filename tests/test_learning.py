@@ -7,9 +7,10 @@ import optax
 import pytest
 from rich.console import Console
 
-from valdi_jax import losses, planner
-from valdi_jax.config import PRESETS
+from valdi_jax import planners
 from valdi_jax.evaluate import evaluate
+from valdi_jax.losses import value
+from valdi_jax.presets import PRESETS
 from valdi_jax.train import train
 
 # Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks 0.15 s ahead,
@@ -58,9 +59,9 @@ def test_an_agent_learns_to_swing_a_pendulum_up(tmp_path, dynamics):
 
 def without_bootstrap(monkeypatch):
     def targets(rewards, *_, discount, **__):
-        return losses.chunk_rewards(rewards, discount=discount)
+        return value.chunk_rewards(rewards, discount=discount)
 
-    monkeypatch.setattr(losses, "td_targets", targets)
+    monkeypatch.setattr(value, "td_targets", targets)
 
 
 def without_moving_average(monkeypatch):
@@ -71,7 +72,7 @@ def with_a_blind_planner(monkeypatch):
     def scores(params, z, actions, noise, **settings):
         return jnp.zeros(actions.shape[:-2])
 
-    monkeypatch.setattr(planner, "predicted_return", scores)
+    monkeypatch.setattr(planners, "predicted_return", scores)
 
 
 @pytest.mark.slow

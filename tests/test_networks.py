@@ -5,23 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax.config import PRESETS
-from valdi_jax.dynamics import init_dynamics, velocity
+from valdi_jax.dynamics import diffusion
 from valdi_jax.model import encode, encode_targets, init_params
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
 
 SMALL = PRESETS["tiny"].model
 
 
 def test_every_imagined_step_sees_the_whole_sequence():
-    params = init_dynamics(jax.random.key(0), config=SMALL)
+    params = diffusion.init(jax.random.key(0), config=SMALL)
     keys = jax.random.split(jax.random.key(1), 3)
     z = jax.random.normal(keys[0], (SMALL.latent_dim,))
     actions = jax.random.normal(keys[1], (SMALL.horizon, 9))
     noised = jax.random.normal(keys[2], (SMALL.horizon, SMALL.latent_dim))
 
     def predict(z, actions, noised):
-        return velocity(params, z, actions, noised, jnp.int32(10), config=SMALL).sum(-1)
+        return diffusion.velocity(params, z, actions, noised, jnp.int32(10), config=SMALL).sum(-1)
 
     for argument, jacobian in enumerate(jax.jacobian(predict, (0, 1, 2))(z, actions, noised)):
         influence = np.abs(jacobian).sum(-1)
@@ -29,27 +29,29 @@ def test_every_imagined_step_sees_the_whole_sequence():
 
 
 def test_any_leading_axes_are_a_batch():
-    params = init_dynamics(jax.random.key(0), config=SMALL)
+    params = diffusion.init(jax.random.key(0), config=SMALL)
     z = jax.random.normal(jax.random.key(1), (2, 3, SMALL.latent_dim))
     actions = jax.random.normal(jax.random.key(2), (2, 3, SMALL.horizon, 9))
     noised = jax.random.normal(jax.random.key(3), (2, 3, SMALL.horizon, SMALL.latent_dim))
-    out = velocity(params, z, actions, noised, jnp.zeros((2, 3), jnp.int32), config=SMALL)
-    one = velocity(params, z[1, 2], actions[1, 2], noised[1, 2], jnp.int32(0), config=SMALL)
+    out = diffusion.velocity(params, z, actions, noised, jnp.zeros((2, 3), jnp.int32), config=SMALL)
+    one = diffusion.velocity(
+        params, z[1, 2], actions[1, 2], noised[1, 2], jnp.int32(0), config=SMALL
+    )
     np.testing.assert_allclose(out[1, 2], one, atol=1e-5)
 
 
 def test_markers_tell_positions_apart():
-    params = init_dynamics(jax.random.key(0), config=SMALL)
+    params = diffusion.init(jax.random.key(0), config=SMALL)
     same = jnp.ones((SMALL.horizon, SMALL.latent_dim))
     z, actions = jnp.ones(SMALL.latent_dim), jnp.ones((SMALL.horizon, 9))
-    out = velocity(params, z, actions, same, jnp.int32(10), config=SMALL)
+    out = diffusion.velocity(params, z, actions, same, jnp.int32(10), config=SMALL)
     assert np.abs(out[0] - out[1]).max() > 1e-6
 
 
 def test_a_width_too_small_for_a_token_is_refused():
     config = dataclasses.replace(SMALL, transformer_width=32)
     with pytest.raises(ValueError, match="transformer_width 32 is too small"):
-        init_dynamics(jax.random.key(0), config=config)
+        diffusion.init(jax.random.key(0), config=config)
 
 
 def test_initialisation_is_uniform_in_the_reference_bounds():

@@ -11,11 +11,12 @@ import optax
 import pytest
 from conftest import PARITY
 
-from valdi_jax import diffusion, dynamics, model, planner
+from valdi_jax import diffusion, dynamics, model
 from valdi_jax.convert import parameter_names
 from valdi_jax.losses import objective
+from valdi_jax.planners.scoring import predicted_return
 from valdi_jax.types import AgentState
-from valdi_jax.update import apply_update, make_optimizer
+from valdi_jax.updates import apply_update, make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,9 @@ def latents(parity, params):
 
 
 def test_parameter_counts_are_the_papers(parity):
-    expected = {"diffusion": 5_390_230, "mlp": 5_795_363}[parity.config.model.dynamics]
+    expected = {"diffusion": 5_390_230, "mlp": 5_795_363, "flow": 5_360_342}[
+        parity.config.model.dynamics
+    ]
     assert model.parameter_count(parity.params) == expected
 
 
@@ -58,19 +61,34 @@ def test_heads(parity):
 def test_imagination(parity):
     config, z = parity.config, jnp.asarray(parity["latent"][:, 0])
     actions, params = parity["actions"][:, :5], parity.params["dynamics"]
-    if config.model.dynamics == "mlp":
-        ours = dynamics.rollout(params, z, actions, config=config.model)
+    kind = config.model.dynamics
+    if kind == "mlp":
+        ours = dynamics.mlp.rollout(params, z, actions, config=config.model)
         assert_close(ours, parity["rollout"][:, 1:], 1e-5)
         return
-    ours = dynamics.velocity(
-        params, z, actions, parity["noisy"], parity["step"], config=config.model
-    )
+    module, time, sampler = {
+        "diffusion": (dynamics.diffusion, "step", "ddim"),
+        "flow": (dynamics.flow, "time", "euler"),
+    }[kind]
+    ours = module.velocity(params, z, actions, parity["noisy"], parity[time], config=config.model)
     assert_close(ours, parity["velocity"], 1e-5)
     for steps in (1, 2, 3, 4, 8, 50):
-        ours = dynamics.imagine(
+        ours = model.imagine(
             params, z, actions, parity["start_noise"], config=config.model, steps=steps
         )
-        assert_close(ours, parity[f"ddim_{steps}"], 1e-5)
+        assert_close(ours, parity[f"{sampler}_{steps}"], 1e-5)
+
+
+def test_times_of_the_flow():
+    flow = dynamics.flow
+    with np.load(PARITY / "official_flow.npz", allow_pickle=False) as numbers:
+        np.testing.assert_array_equal(flow.frequencies(16), numbers["time_frequencies"])
+        features = flow.time_features(jnp.asarray(numbers["time"]), 32)
+        assert_close(features, numbers["time_features"], 1e-5)
+        for steps in (1, 2, 3, 4, 8, 50):
+            times = flow.euler_times(steps)
+            np.testing.assert_array_equal(times[:-1], numbers[f"euler_times_{steps}"])
+            assert times[-1] == 1
 
 
 def test_noise_schedule():
@@ -80,20 +98,20 @@ def test_noise_schedule():
 
 def test_the_trajectory_that_the_heads_are_trained_on(parity):
     z = jnp.asarray(parity["latent"][:, 0])
-    _, predicted = dynamics.training_prediction(
+    _, predicted = dynamics.DYNAMICS[parity.config.model.dynamics].predict(
         parity.params["dynamics"],
         z,
         parity["actions"][:, :5],
         jnp.asarray(parity["target_latent"][:, 1:6]),
         jnp.ones((4, 5)),
-        parity.draws,
+        parity.draws["dynamics"],
         config=parity.config.model,
     )
     assert_close(np.concatenate([z[:, None], predicted], axis=1), parity["trajectory"], 1e-5)
 
 
 def test_planner_score(parity):
-    ours = planner.predicted_return(
+    ours = predicted_return(
         parity.params,
         jnp.asarray(parity["latent"][:, 0]),
         parity["actions"][:, :5],

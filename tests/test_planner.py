@@ -5,18 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax import planner
-from valdi_jax.collect import first_carries, plan_batch
-from valdi_jax.config import PRESETS
+from valdi_jax import model, planners
+from valdi_jax.data.rollout import first_carries, plan_batch
 from valdi_jax.model import init_params
-from valdi_jax.planner import cem, correlated_normal, plan
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
+from valdi_jax.planners import cem as cem_module
+from valdi_jax.planners import plan
+from valdi_jax.planners.base import correlated_normal
+from valdi_jax.planners.cem import cem
+from valdi_jax.planners.scoring import predicted_return
+from valdi_jax.presets import PRESETS
 
 OPTIMUM = jnp.array([[0.5, -1.0], [2.0, 0.0], [-0.3, 0.7]])
 
 
 def quadratic(candidates, key):
-    return -jnp.sum((candidates - OPTIMUM) ** 2, axis=(1, 2))
+    return -jnp.sum((candidates - OPTIMUM[None]) ** 2, axis=(1, 2))
 
 
 def search(score=quadratic, seed=0, **settings):
@@ -228,19 +232,17 @@ def test_the_answer_can_be_the_elite_mean(agent):
 
 def test_the_predicted_return_is_that_of_the_answer(agent, monkeypatch):
     config, params, _, first = agent
-    z = planner.model.encode(params, first, config=config)
+    z = model.encode(params, first, config=config)
     noise = jnp.zeros((1, config.model.horizon, config.model.latent_dim))
     # With the start of the diffusion fixed, the score of a sequence can be computed again.
-    imagine = planner.model.imagine
-    monkeypatch.setattr(
-        planner.model, "imagine", lambda p, z, a, n, **kw: imagine(p, z, a, 0 * n, **kw)
-    )
+    imagine = model.imagine
+    monkeypatch.setattr(model, "imagine", lambda p, z, a, n, **kw: imagine(p, z, a, 0 * n, **kw))
     for answer in ("best", "mean"):
         settings = dataclasses.replace(config.planner, answer=answer)
         each = dataclasses.replace(config, planner=settings)
-        found = plan.__wrapped__(params, first, jax.random.key(0), config=each)
+        found = planners._plan.__wrapped__(params, first, jax.random.key(0), 0.0, None, config=each)
         chunks = found.actions.reshape(1, config.model.horizon, -1)
-        expected = planner.predicted_return(params, z, chunks, noise, config=each, steps=1)
+        expected = predicted_return(params, z, chunks, noise, config=each, steps=1)
         np.testing.assert_allclose(found.predicted_return, expected[0], rtol=1e-4, atol=1e-5)
 
 
@@ -257,24 +259,24 @@ def test_shared_noise_gives_equal_candidates_equal_scores(monkeypatch):
             spreads[shared] = float(scores.std())
             return cem(score_fn, mean, std, key, **kwargs)
 
-        monkeypatch.setattr(planner, "cem", same_candidates)
+        monkeypatch.setattr(cem_module, "cem", same_candidates)
         each = dataclasses.replace(config, planner=settings)
-        plan.__wrapped__(params, first, jax.random.key(0), config=each)
+        planners._plan.__wrapped__(params, first, jax.random.key(0), 0.0, None, config=each)
     assert spreads[True] < 1e-5 < spreads[False]
 
 
 def test_all_candidates_are_imagined_in_one_batched_call(agent, monkeypatch):
     config, params, _, first = agent
     shapes = []
-    imagine = planner.model.imagine
+    imagine = model.imagine
 
     def recording(params, z, actions, *args, **kwargs):
         shapes.append(actions.shape)
         return imagine(params, z, actions, *args, **kwargs)
 
-    monkeypatch.setattr(planner.model, "imagine", recording)
-    jaxpr = jax.make_jaxpr(lambda o, k: plan.__wrapped__(params, o, k, config=config))(
-        first, jax.random.key(0)
-    )
+    monkeypatch.setattr(model, "imagine", recording)
+    jaxpr = jax.make_jaxpr(
+        lambda o, k: planners._plan.__wrapped__(params, o, k, 0.0, None, config=config)
+    )(first, jax.random.key(0))
     assert set(shapes) == {(config.planner.candidates, 5, 9)}
     assert str(jaxpr).count("top_k[") == 1, "the iterations were unrolled"

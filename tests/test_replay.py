@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from toy import CONFIG
 
-from valdi_jax.replay import Episode, Replay
-from valdi_jax.types import Observation
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.replay import Replay
+from valdi_jax.observation import Observation
 
 SPAN = CONFIG.segment_steps  # 18 environment steps
 

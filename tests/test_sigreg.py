@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax.sigreg import random_directions, sigreg
+from valdi_jax.losses.sigreg import random_directions, sigreg
 
 
 def statistic(latents, count=512):

@@ -14,7 +14,7 @@ from gymnasium.wrappers import (
 )
 from toy import CONFIG
 
-from valdi_jax.collect import Job, drive
+from valdi_jax.data.rollout import Job, roll_out
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import LocalPool, Stepper
 from valdi_jax.errors import UsageError
@@ -90,7 +90,7 @@ def test_an_agent_drives_whatever_it_sees(kind):
     params = init_params(jax.random.key(0), example, config=config)
     embeddings = {"image_embedding", "vector_embedding"} & set(params["encoder"])
     assert len(embeddings) == (image is not None) + (vector is not None)
-    (driven,) = drive(params, LocalPool(lambda: env), [Job(0, jax.random.key(0))], config=config)
+    (driven,) = roll_out(params, LocalPool(lambda: env), [Job(0, jax.random.key(0))], config=config)
     assert len(driven.episode) == 20
     if image:
         assert driven.episode.observations.image.shape == (21, *image)

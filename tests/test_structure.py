@@ -1,17 +1,27 @@
 """The package reads from top to bottom: a module imports only from those above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import valdi_jax
 
 FOLDER = Path(valdi_jax.__file__).parent
 ORDER = [
-    *("errors", "config", "types", "augment", "layers", "normalizer", "encoder", "transformer"),
-    *("heads", "diffusion", "sigreg", "dynamics", "model", "losses", "replay", "update", "planner"),
+    *("errors", "registry", "observation", "config", "presets", "types", "diffusion"),
+    *("networks", "networks.layers", "networks.normalizer", "networks.encoder"),
+    *("networks.transformer", "networks.heads"),
+    *("dynamics.base", "dynamics.diffusion", "dynamics.flow", "dynamics.mlp", "dynamics", "model"),
+    *("planners.base", "planners.cem", "planners.icem", "planners.mppi", "planners.scoring"),
+    *("planners", "data", "data.episode", "data.augment"),
+    *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg", "losses"),
+    *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
-    *("envs", "collect", "cli", "integrity", "agents", "checkpoint", "progress", "evaluate"),
-    *("learner", "train", "convert"),
+    *("envs", "data.rollout", "data.source", "cli"),
+    *("run", "run.manifest", "run.agents", "run.checkpoint", "run.learner", "run.log"),
+    *("run.display", "run.reporter", "run.saver", "run.loop"),
+    *("train", "evaluate", "checkpoint", "convert"),
 ]
 
 
@@ -21,6 +31,7 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports name the whole package"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -51,6 +62,23 @@ def test_gymnasium_appears_only_where_environments_do():
         "envs.spaces",
         "envs.workers",
         "envs.wrappers",
+        "data.source",
         "evaluate",
+        "run.loop",
         "train",
     }
+
+
+def test_planners_know_no_update_data_environment_or_run():
+    for name, path in modules():
+        if name.startswith("planners"):
+            parts = {other.split(".")[1] for other in imports(path) if "valdi_jax." in other}
+            assert not parts & {"updates", "losses", "data", "envs", "run"}, name
+            if name not in ("planners", "planners.scoring"):
+                assert "model" not in parts, name
+
+
+def test_an_environments_process_needs_no_jax():
+    code = "import sys, valdi_jax.train, valdi_jax.envs.workers; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

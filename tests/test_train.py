@@ -15,14 +15,16 @@ import pytest
 from rich.console import Console
 from toy import CONFIG, make_counting
 
-from valdi_jax import checkpoint, cli
-from valdi_jax import learner as learner_module
-from valdi_jax import train as train_module
-from valdi_jax.config import PRESETS
+from valdi_jax import cli
+from valdi_jax.data import source as source_module
+from valdi_jax.data.replay import Replay
+from valdi_jax.data.source import Environments
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.progress import read_jsonl
-from valdi_jax.replay import Replay
+from valdi_jax.presets import PRESETS
+from valdi_jax.run import checkpoint
+from valdi_jax.run import learner as learner_module
+from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import parse_arguments, train
 
 
@@ -64,14 +66,14 @@ def test_every_metric_is_explained(straight):
             assert "/" not in key or f"`{key}`" in explained, key
 
 
-def test_every_episode_is_driven_with_randomness_of_its_own(tmp_path, monkeypatch):
-    jobs, drive = [], train_module.drive
+def test_every_episode_has_randomness_of_its_own(tmp_path, monkeypatch):
+    jobs, job = [], Environments._job
 
-    def recording(params, pool, batch, **kwargs):
-        jobs.extend(batch)
-        return drive(params, pool, batch, **kwargs)
+    def recording(self, number):
+        jobs.append(job(self, number))
+        return jobs[-1]
 
-    monkeypatch.setattr(train_module, "drive", recording)
+    monkeypatch.setattr(Environments, "_job", recording)
     run(tmp_path / "run", 4)
     assert len({job.seed for job in jobs}) == 4
     assert len({tuple(jax.random.key_data(job.key).tolist()) for job in jobs}) == 4
@@ -170,7 +172,7 @@ def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(straight, tmp_path, monkeypatch):
     _, state, _ = straight
-    monkeypatch.setattr(train_module, "drive", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(source_module, "roll_out", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "run", 5)
     monkeypatch.undo()
@@ -183,7 +185,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
     _, output = run(tmp_path / "run", 2, resume=True)
     assert "nothing to do: 2 of 2 episodes" in output
-    with pytest.raises(UsageError, match=r"--collect\.episodes is 1, but the run has driven 2"):
+    with pytest.raises(UsageError, match=r"--collect\.episodes is 1, but the run has collected 2"):
         run(tmp_path / "run", 1, resume=True)
     assert checkpoint.load_config(tmp_path / "run").collect.episodes == 2
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
@@ -207,8 +209,8 @@ def test_a_run_interrupted_at_its_very_end_still_comes_to_it(straight, tmp_path,
         update = interrupting(learner_module.update, lambda args: int(args[0].step) == 7)
         monkeypatch.setattr(learner_module, "update", update)
     else:
-        evaluate = interrupting(train_module.evaluate, lambda args: True)
-        monkeypatch.setattr(train_module, "evaluate", evaluate)
+        evaluate = interrupting(Environments.evaluate, lambda args: True)
+        monkeypatch.setattr(Environments, "evaluate", evaluate)
     with pytest.raises(cli.Interrupted, match="SIGINT"):
         run(tmp_path / "run", 5, config=config)
     monkeypatch.undo()
@@ -334,7 +336,7 @@ def test_options_override_the_preset():
         (["--model.dynamcs", "mlp"], "unknown option --model.dynamcs.*--model.dynamics"),
         (["--frobnicate"], "unknown option --frobnicate: --help lists them all"),
         (["--planner.candidates", "many"], "--planner.candidates.*'many'"),
-        (["--model.dynamics", "flow"], "invalid choice 'flow'"),
+        (["--model.dynamics", "flux"], "unknown 'flux'; did you mean 'flow'"),
         (["--resume", "nowhere"], "nowhere is not a run directory"),
     ],
 )
@@ -404,13 +406,13 @@ def test_a_single_update_that_is_not_finite_is_warned_of(tmp_path, monkeypatch):
 
 
 def test_training_stops_where_the_planner_has_no_finite_score(tmp_path, monkeypatch):
-    drive = train_module.drive
+    roll_out = source_module.roll_out
 
     def without_score(*args, **kwargs):
-        driven = drive(*args, **kwargs)
-        return [dataclasses.replace(d, predicted_return=-np.inf) for d in driven]
+        rollouts = roll_out(*args, **kwargs)
+        return [dataclasses.replace(d, predicted_return=-np.inf) for d in rollouts]
 
-    monkeypatch.setattr(train_module, "drive", without_score)
+    monkeypatch.setattr(source_module, "roll_out", without_score)
     config = CONFIG.replace(learn={"nonfinite_limit": 2})
     with pytest.raises(StoppedError, match="2 episodes in a row, the last of them episode 2"):
         run(tmp_path / "run", 5, config=config)
@@ -443,14 +445,14 @@ class FullDisk:
 @pytest.mark.parametrize("full", [{2}, {2, 3}, {0, 1, 2, 3}])
 def test_a_run_outlasts_a_full_disk(straight, tmp_path, monkeypatch, full):
     _, state, _ = straight
-    disk, drive, episodes = FullDisk(monkeypatch), train_module.drive, itertools.count()
+    disk, collect, episodes = FullDisk(monkeypatch), Environments.collect, itertools.count()
 
-    def driving(*args, **kwargs):
-        driven = drive(*args, **kwargs)
+    def collecting(*args):
+        rollouts = collect(*args)
         disk.full = next(episodes) in full
-        return driven
+        return rollouts
 
-    monkeypatch.setattr(train_module, "drive", driving)
+    monkeypatch.setattr(Environments, "collect", collecting)
     config = CONFIG.replace(checkpoint={"every": 1})
     after, output = run(tmp_path / "run", 5, config=config)
     assert {"_write_arrays", "fsync"} <= set(disk.refused)

@@ -8,7 +8,8 @@ import time
 import gymnasium as gym
 import numpy as np
 
-from valdi_jax.config import PRESETS, Config
+from valdi_jax.config import Config
+from valdi_jax.presets import PRESETS
 
 CONFIG: Config = dataclasses.replace(
     PRESETS["tiny"],

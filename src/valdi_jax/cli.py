@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import io
+import itertools
 import os
 import re
 import signal
 import sys
 import threading
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +21,6 @@ from jax import monitoring
 from valdi_jax.errors import StoppedError, UsageError
 
 T = TypeVar("T")
-(_HIDDEN,) = tyro.conf.Suppress[int].__metadata__
 
 
 def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **settings: Any) -> T:
@@ -33,59 +30,29 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **sett
         UsageError: with one sentence, and the nearest option where one was misspelt.
         SystemExit: after printing ``--help``.
     """
+    if default is not None:
+        settings["default"] = default
     output = io.StringIO()
-    known = _options(cls)
-    for token in argv:
-        if token.startswith("--"):
-            name = token.split("=", 1)[0].replace("_", "-")
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-                raise UsageError(f"unknown option {name}: {hint}")
     wants_help = "-h" in argv or "--help" in argv
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(output):
-            return tyro.cli(
-                cls,
-                args=list(argv),
-                compact_help=False,
-                **({} if default is None else {"default": default}),
-                **settings,
-            )
+            return tyro.cli(cls, args=list(argv), compact_help=False, **settings)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UsageError(_sentence(output.getvalue())) from None
 
 
-def _options(cls: type, prefix: str = "--") -> set[str]:
-    """Every option that tyro makes of a dataclass, as it spells them."""
-    options = {"--help"}
-    for field, hint in typing.get_type_hints(cls, include_extras=True).items():
-        kind, *marks = typing.get_args(hint) if hasattr(hint, "__metadata__") else [hint]
-        if _HIDDEN in marks:
-            continue
-        name, path = field.replace("_", "-"), prefix
-        for mark in marks:  # of tyro.conf.arg
-            if getattr(mark, "name", None) is not None:
-                name = mark.name
-            if getattr(mark, "prefix_name", None) is False:
-                path = "--"
-        if dataclasses.is_dataclass(kind):
-            options |= _options(kind, f"{path}{name}." if name else path)
-        else:
-            options.add(path + name)
-            if kind is bool:
-                options.add(f"{path}no-{name}")
-    return options
-
-
 def _sentence(message: str) -> str:
-    """The first paragraph of a boxed message, on one line."""
-    lines = [line.strip("│ \n") for line in message.splitlines()]
-    body = [line for line in lines if line and line[0] not in "╭╰"]
-    first = "".join(f"{line} " if not re.fullmatch("─+", line) else "\n" for line in body)
-    return first.split("\n")[0].strip() or "cannot read the command line"
+    """What tyro says in a box, in one sentence."""
+    lines = [line.strip("│╭╮╰╯─ \n") for line in message.splitlines()]
+    unknown = re.search(r"Unrecognized options: (--[^\s,=]+)", message)
+    if unknown:
+        near = next((line.split()[0] for line in lines if line.startswith("--")), None)
+        hint = f"did you mean {near}?" if near else "--help lists them all"
+        return f"unknown option {unknown[1]}: {hint}"
+    paragraph = itertools.takewhile(bool, lines[1:])  # a rule between paragraphs is empty by now
+    return " ".join(paragraph) or "cannot read the command line"
 
 
 def cache_compilations() -> None:
@@ -113,9 +80,9 @@ _compile_seconds: list[float] = []
 _cache_hits: list[int] = []
 
 
-def _on_duration(event: str, seconds: float, **_: object) -> None:
+def _on_duration(event: str, duration_secs: float, **_: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _compile_seconds.append(seconds)
+        _compile_seconds.append(duration_secs)
 
 
 def _on_event(event: str, **_: object) -> None:

@@ -16,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from valdi_jax import checkpoint, cli, model
-from valdi_jax.config import PRESETS, Config, validate
+from valdi_jax import cli, model
+from valdi_jax.config import Config, validate
+from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
-from valdi_jax.types import Observation, Params
+from valdi_jax.observation import Observation
+from valdi_jax.presets import PRESETS
+from valdi_jax.run import checkpoint
+from valdi_jax.types import Params
 
 ParamPath = tuple[str, ...]
 
@@ -46,10 +50,18 @@ def _residual_mlp(ours: ParamPath, theirs: str, depth: int) -> Iterator[tuple[Pa
     yield from _linear((*ours, "outputs"), f"{theirs}.layers.{depth + 1}")
 
 
+def _time_embedding(dynamics: str) -> Iterator[tuple[ParamPath, str]]:
+    if dynamics == "diffusion":
+        yield ("dynamics", "timestep_embedding"), "dynamics.diffusion_step_emb.weight"
+        return
+    for i in range(2):
+        ours = ("dynamics", "time_embedding", f"linear_{i}")
+        yield from _linear(ours, f"dynamics.time_emb.proj.{2 * i}")
+
+
 def _transformer(depth: int) -> Iterator[tuple[ParamPath, str]]:
     yield ("dynamics", "condition_marker"), "dynamics.condition_state_marker"
     yield ("dynamics", "target_markers"), "dynamics.target_state_marker"
-    yield ("dynamics", "timestep_embedding"), "dynamics.diffusion_step_emb.weight"
     for i in range(depth):
         ours, theirs = ("dynamics", f"block_{i}"), f"dynamics.layers.{i}"
         yield from _norm((*ours, "attention_norm"), f"{theirs}.ln_1", bias=False)
@@ -81,6 +93,7 @@ def parameter_names(config: Config) -> dict[ParamPath, str]:
             yield from _residual_mlp(("dynamics", "net"), "dynamics", config.model.mlp_depth)
         else:
             yield from _transformer(config.model.transformer_depth)
+            yield from _time_embedding(config.model.dynamics)
         yield from _residual_mlp(("reward", "net"), "reward", config.model.reward_depth)
         for head in range(config.model.value_heads):
             for i in range(3):
@@ -172,8 +185,7 @@ def config_from_reference(settings: Mapping[str, Any]) -> Config:
         "learn": {"discount": "gamma", "learning_rate": "lr"},
     }
     dynamics = settings.get("dynamics_type", "diffusion")
-    if dynamics not in ("diffusion", "mlp"):
-        raise UsageError(f"this package has no {dynamics!r} dynamics, only 'diffusion' and 'mlp'")
+    DYNAMICS[dynamics]
     sections = {}
     for section, names in ours.items():
         defaults = getattr(paper, section)

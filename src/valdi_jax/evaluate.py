@@ -1,4 +1,4 @@
-"""Drive a trained agent on fixed episodes: ``python -m valdi_jax.evaluate RUN``."""
+"""Evaluate a trained agent on fixed episodes: ``python -m valdi_jax.evaluate RUN``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Annotated
 
 import gymnasium as gym
-import jax
 import numpy as np
 import tyro
 from gymnasium.wrappers import RenderCollection
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from valdi_jax import checkpoint, cli
-from valdi_jax.collect import Driven, Job, drive
+from valdi_jax import cli
 from valdi_jax.config import Config, PlannerConfig, validate
+from valdi_jax.data.rollout import Rollout, roll_out
+from valdi_jax.data.source import evaluation_jobs
 from valdi_jax.envs import evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.workers import LocalPool, make_pool
 from valdi_jax.errors import UsageError
+from valdi_jax.planners import PLANNERS
+from valdi_jax.run import checkpoint
+from valdi_jax.run.manifest import write_json
 from valdi_jax.types import Params
 
 _FRAMES_PER_SECOND = 50  # of a video, where the environment does not say
@@ -34,14 +37,14 @@ class Arguments:
     """Command line of the evaluation command."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory, of which the last checkpoint is driven, one of its checkpoints, an exported
+    """Run directory, of which the last checkpoint is taken, one of its checkpoints, an exported
     agent, or the name of one that comes with the package, such as carracing."""
     episodes: int = 100
-    """How many of the 100 fixed episodes (CarRacing: tracks) to drive."""
+    """How many of the 100 fixed episodes (CarRacing: tracks) to run."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
     """DDIM steps to evaluate with, one evaluation for each (e.g. 1 2 4 8); by default the run's."""
     num_envs: int = 1
-    """Environments driven in parallel."""
+    """Environments stepped in parallel."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every episode's seed, return and length to this file."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -57,17 +60,17 @@ def evaluate(
     num_envs: int = 1,
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
-) -> list[Driven]:
-    """Drive the first of the 100 fixed episodes without exploration noise.
+) -> list[Rollout]:
+    """Roll out the first of the 100 fixed episodes without exploration noise.
 
-    The planner's keys follow from the episode's seed, so the same parameters drive the same way.
+    The planner's keys follow from the episode's seed, so the same parameters act the same way.
     A CarRacing episode is scored over all its frames, terminal or not, as in the paper.
 
     Args:
         params: parameters of all networks.
         config: the run's configuration.
         episodes: how many, 1 .. 100.
-        num_envs: environments driven in parallel.
+        num_envs: environments stepped in parallel.
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
 
@@ -85,21 +88,16 @@ def evaluate(
         timeout=config.collect.worker_timeout,
     )
     try:
-        return drive(
+        return roll_out(
             params,
             pool,
-            _jobs(episodes),
+            evaluation_jobs(episodes),
             config=config,
             keep_observations=False,
             on_decision=on_decision,
         )
     finally:
         pool.close()
-
-
-def _jobs(episodes: int) -> list[Job]:
-    key = jax.random.key(0)
-    return [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(episodes)]
 
 
 def summary(returns: Sequence[float]) -> dict[str, float | None]:
@@ -116,7 +114,7 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def record_video(params: Params, config: Config, path: Path) -> Driven:
+def record_video(params: Params, config: Config, path: Path) -> Rollout:
     """Record the first fixed episode, the same that `evaluate` scores.
 
     Raises:
@@ -127,15 +125,16 @@ def record_video(params: Params, config: Config, path: Path) -> Driven:
     env = make_env(config.env, training=False, render_mode="rgb_array")
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
-    (driven,) = drive(params, pool, _jobs(1), config=config, keep_observations=False)
+    (rollout,) = roll_out(params, pool, evaluation_jobs(1), config=config, keep_observations=False)
     fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
-    write(env.render(), fps / config.env.action_repeat)  # there is one frame of each hold
+    frames = [np.asarray(frame) for frame in env.render()]
+    write(frames, fps / config.env.action_repeat)  # there is one frame of each hold
     pool.close()
-    return driven
+    return rollout
 
 
 def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
-    """A function that writes frames to ``path``, checked before anything is driven."""
+    """A function that writes frames to ``path``, checked before anything runs."""
     if path.suffix not in (".gif", ".mp4"):
         raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
     _check_writable(path)
@@ -157,7 +156,7 @@ def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UsageError now rather than after an hour of driving."""
+    """Raises UsageError now rather than after an hour."""
     existed = path.exists()
     try:
         with path.open("ab"):
@@ -179,7 +178,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
         Arguments,
         argv,
         prog="python -m valdi_jax.evaluate",
-        description="Drive a trained agent on fixed episodes.",
+        description="Evaluate a trained agent on fixed episodes.",
     )
     # The run is known only after a first reading; its planner is the default of the second.
     agent = checkpoint.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
@@ -188,6 +187,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
     config = dataclasses.replace(config, planner=arguments.planner)
     if arguments.diffusion_steps and config.model.dynamics == "mlp":
         raise UsageError("--diffusion-steps: the MLP dynamics of this run has no diffusion")
+    PLANNERS[config.planner.kind]
     if arguments.num_envs < 1:
         raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")
     evaluation_seeds(arguments.episodes)
@@ -218,8 +218,8 @@ def main(argv: Sequence[str]) -> int:
     params = agent.load(interface.example)
 
     if arguments.video:
-        driven = record_video(params, configs[0], arguments.video)
-        print(f"{arguments.video}: a drive with return {driven.episode.episode_return:.1f}")
+        filmed = record_video(params, configs[0], arguments.video)
+        print(f"{arguments.video}: a rollout with return {filmed.episode.episode_return:.1f}")
 
     results = []
     console = Console(stderr=True)
@@ -230,17 +230,17 @@ def main(argv: Sequence[str]) -> int:
         with ProgressBar(console=console, transient=True) as bar:
             longest = -(-config.episode_steps // config.model.chunk)  # 0 if not known
             total = arguments.episodes * longest / arguments.num_envs or None
-            task = bar.add_task("driving", total=total)
-            driven = evaluate(
+            task = bar.add_task("evaluating", total=total)
+            rollouts = evaluate(
                 params,
                 each,
                 episodes=arguments.episodes,
                 num_envs=arguments.num_envs,
                 on_decision=functools.partial(bar.advance, task),
             )
-        numbers = summary([result.episode.episode_return for result in driven])
+        numbers = summary([result.episode.episode_return for result in rollouts])
         error = numbers["standard_error"]
-        plan_ms = 1e3 * float(np.median(np.concatenate([r.plan_seconds for r in driven])))
+        plan_ms = 1e3 * float(np.median(np.concatenate([r.plan_seconds for r in rollouts])))
         print(
             f"{steps:>6}{numbers['mean']:>9.1f}{math.nan if error is None else error:>8.1f}"
             f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",
@@ -258,12 +258,12 @@ def main(argv: Sequence[str]) -> int:
                         "length": len(result.episode),
                         "terminated": result.episode.terminated,
                     }
-                    for result in driven
+                    for result in rollouts
                 ],
             }
         )
         if arguments.json:
-            checkpoint.write_json(arguments.json, {"checkpoint": agent.name, "results": results})
+            write_json(arguments.json, {"checkpoint": agent.name, "results": results})
     return 0
 
 

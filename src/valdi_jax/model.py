@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from valdi_jax.config import Config
-from valdi_jax.dynamics import imagine, init_dynamics
-from valdi_jax.encoder import Encoder
-from valdi_jax.heads import RewardHead, ValueHeads
-from valdi_jax.normalizer import init_normalizer, normalize
-from valdi_jax.types import Array, Observation, Params
+from valdi_jax.config import Config, ModelConfig
+from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.networks.encoder import Encoder
+from valdi_jax.networks.heads import RewardHead, ValueHeads
+from valdi_jax.networks.layers import apply
+from valdi_jax.networks.normalizer import init_normalizer, normalize
+from valdi_jax.observation import Observation
+from valdi_jax.registry import Registry
+from valdi_jax.types import Array, Params
 
 __all__ = [
+    "NETWORKS",
     "encode",
     "encode_targets",
     "imagine",
@@ -27,6 +33,9 @@ __all__ = [
 
 _ENCODER_TILE = 64  # observations encoded at once on a CPU
 
+# Networks that an agent may have besides its own: (key, *, config) -> parameters.
+NETWORKS: Registry[Callable[..., Params]] = Registry("--model.networks", {})
+
 
 def init_params(key: Array, observation: Observation, *, config: Config) -> Params:
     """Parameters of all networks, initialised as the reference does.
@@ -35,24 +44,32 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
         key: PRNG key.
         observation: one example (or its ``jax.ShapeDtypeStruct``s), with any leading axes.
         config: the run's configuration.
+
+    Raises:
+        UsageError: if the configuration names a network or dynamics that there is not.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
-    return _init_params(key, shapes, config)
+    return _init_params(key, shapes, config.graph)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # or each layer's draws compile by themselves
 def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     model = config.model
-    encoder_key, dynamics_key, reward_key, value_key = jax.random.split(key, 4)
+    # Another network's key is appended: those before it stay the same.
+    encoder_key, dynamics_key, reward_key, value_key, *others = jax.random.split(
+        key, 4 + len(model.networks)
+    )
     observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     z = jnp.zeros((1, model.latent_dim))
     chunk = jnp.zeros((1, model.chunk * model.action_dim))
     params = {
         "encoder": Encoder(model).init(encoder_key, observation)["params"],
-        "dynamics": init_dynamics(dynamics_key, config=model),
+        "dynamics": DYNAMICS[model.dynamics].init(dynamics_key, config=model),
         "reward": RewardHead(model).init(reward_key, z, chunk)["params"],
         "value": ValueHeads(model).init(value_key, z)["params"],
     }
+    for name, network_key in zip(model.networks, others, strict=True):
+        params[name] = NETWORKS[name](network_key, config=config)
     if model.normalize and observation.vector is not None:
         params["normalizer"] = init_normalizer(observation.vector.shape[-1])
     return params
@@ -68,8 +85,8 @@ def encode(params: Params, observation: Observation, *, config: Config) -> Array
     """Latent [..., D] of an observation [..., ]."""
     if "normalizer" in params:
         vector = normalize(params["normalizer"], observation.vector)
-        observation = observation.replace(vector=vector)
-    return Encoder(config.model).apply({"params": params["encoder"]}, observation)
+        observation = observation._replace(vector=vector)
+    return apply(Encoder(config.model), params["encoder"], observation)
 
 
 def encode_targets(params: Params, observation: Observation, *, config: Config) -> Array:
@@ -78,27 +95,50 @@ def encode_targets(params: Params, observation: Observation, *, config: Config) 
     lead = observation.lead
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observation)
 
-    def apply(observation: Observation) -> Array:
+    def encode_all(observation: Observation) -> Array:
         return encode(params, observation, config=config)
 
     latents = jax.lax.platform_dependent(
         flat,
         # A tile's activations stay in the cache: 1.7 times as fast as all at once. Not for passes
         # with gradient: within a loop XLA's CPU convolution gradients are many times slower.
-        cpu=lambda flat: jax.lax.map(apply, flat, batch_size=_ENCODER_TILE),
-        default=apply,
+        cpu=lambda flat: jax.lax.map(encode_all, flat, batch_size=_ENCODER_TILE),
+        default=encode_all,
     )
     return latents.reshape(*lead, -1)
 
 
+def imagine(
+    params: Params, z: Array, actions: Array, noise: Array, *, config: ModelConfig, steps: int
+) -> Array:
+    """Imagined latents [..., H, D] that follow z under a sequence of action chunks.
+
+    Args:
+        params: parameters of the dynamics.
+        z: [..., D] latent to start from.
+        actions: [..., H, C * A] action chunks.
+        noise: [..., H, D] standard normal that a generative model starts from.
+        config: the model's configuration.
+        steps: of the sampler; a deterministic model ignores it.
+    """
+    lead = z.shape[:-1]
+    chex.assert_shape(z, (*lead, config.latent_dim))
+    chex.assert_shape(actions, (*lead, config.horizon, config.chunk * config.action_dim))
+    return DYNAMICS[config.dynamics].imagine(params, z, actions, noise, config=config, steps=steps)
+
+
 def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
     """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
-    return RewardHead(config.model).apply({"params": params["reward"]}, z, actions)
+    model = config.model
+    chex.assert_shape(z, (..., model.latent_dim))
+    chex.assert_shape(actions, (*z.shape[:-1], model.chunk * model.action_dim))
+    return apply(RewardHead(model), params["reward"], z, actions)
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:
     """Estimates [E, ...] of every value head at a latent [..., D]."""
-    return ValueHeads(config.model).apply({"params": params["value"]}, z)
+    chex.assert_shape(z, (..., config.model.latent_dim))
+    return apply(ValueHeads(config.model), params["value"], z)
 
 
 def value(params: Params, z: Array, *, config: Config) -> Array:

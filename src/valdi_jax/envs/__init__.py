@@ -89,7 +89,7 @@ def make_registered(
         )
     except gym.error.Error as error:
         raise UsageError(f"cannot make the environment gym:{name}: {error}") from error
-    if env.spec.max_episode_steps is None:
+    if env.spec is None or env.spec.max_episode_steps is None:
         env.close()
         raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
     return env
@@ -124,6 +124,6 @@ def evaluation_seeds(count: int) -> list[int]:
         UsageError: if ``count`` is not in 1 .. 100.
     """
     if not 1 <= count <= 100:
-        raise UsageError(f"between 1 and 100 evaluation episodes can be driven, not {count}")
+        raise UsageError(f"between 1 and 100 evaluation episodes are possible, not {count}")
     seeds = np.random.default_rng(12345).integers(0, 2**31 - 1, size=100, dtype=np.int64)
     return [int(seed) for seed in seeds[:count]]

@@ -6,10 +6,15 @@ off as a vector, and the bar is blacked out.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import gymnasium as gym
 import numpy as np
 
 from valdi_jax.envs.wrappers import ThroughTerminals, paced
+
+if TYPE_CHECKING:
+    from valdi_jax.envs.carracing_render import FastCarRacing
 
 _BAR = slice(84, 96)  # rows of the bar
 _METERS = slice(84, 94)  # rows of its vertical meters
@@ -60,6 +65,7 @@ class SplitBar(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, block: int = 1):
         super().__init__(env)
+        self._car_racing = cast("FastCarRacing", env.unwrapped)
         self._block = block
         self.observation_space = gym.spaces.Dict(
             image=gym.spaces.Box(0, 255, (96 // block, 96 // block, 3), np.uint8),
@@ -74,15 +80,15 @@ class SplitBar(gym.ObservationWrapper):
 
     @property
     def skip_frames(self) -> bool:
-        return self.unwrapped.skip_frames
+        return self._car_racing.skip_frames
 
     @skip_frames.setter
     def skip_frames(self, skip: bool) -> None:
-        self.unwrapped.skip_frames = skip
+        self._car_racing.skip_frames = skip
 
     def redraw(self) -> dict[str, np.ndarray]:
         """The observation of the last step, had its frame not been skipped."""
-        return self.observation(self.unwrapped.frame())
+        return self.observation(self._car_racing.frame())
 
 
 def make_carracing(
@@ -97,8 +103,8 @@ def make_carracing(
     """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps (0: its own)."""
     from valdi_jax.envs.carracing_render import FastCarRacing  # only it needs pygame
 
-    limit = max_steps or gym.spec("CarRacing-v3").max_episode_steps
-    env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), limit)
+    limit = max_steps or cast(int, gym.spec("CarRacing-v3").max_episode_steps)
+    env: gym.Env = gym.wrappers.TimeLimit(FastCarRacing(render_mode=render_mode), limit)
     if through_terminals:
         env = ThroughTerminals(env)
     env = paced(env, action_repeat=action_repeat, patience=patience)

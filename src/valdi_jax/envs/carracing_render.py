@@ -23,6 +23,7 @@ from gymnasium.envs.box2d.car_racing import (
     WINDOW_H,
     WINDOW_W,
     ZOOM,
+    Car,
     CarRacing,
 )
 from pygame import gfxdraw
@@ -43,7 +44,12 @@ class FastCarRacing(CarRacing):
     """
 
     skip_frames: bool = False
-    _canvas: pygame.Surface | None = None  # the surfaces are made for the first frame
+    car: Car  # the reset makes it, before anything is drawn
+    surf: pygame.Surface  # type: ignore[assignment]  # Gymnasium's first value for it is None
+    _canvas: pygame.Surface  # the surfaces are made for the first frame
+    _score_text: str | None = None
+    _score: pygame.Surface  # that text, drawn
+    _font: pygame.font.Font | None = None
 
     def frame(self) -> np.ndarray:
         """The frame [96, 96, 3] uint8 of the last step or reset, had it not been skipped."""
@@ -65,7 +71,7 @@ class FastCarRacing(CarRacing):
         return self.frame()
 
     def _draw(self) -> np.ndarray:
-        if self._canvas is None:
+        if not hasattr(self, "_canvas"):
             self._make_surfaces()
         self._draw_road()
         self._draw_bar()
@@ -92,7 +98,6 @@ class FastCarRacing(CarRacing):
         self._bar_in_sight = self._bar.subsurface((0, _ROAD, WINDOW_W, _BAR))
         self._narrow = pygame.Surface((STATE_W, WINDOW_H))
         self._narrow_bar = self._narrow.subsurface((0, _ROAD, STATE_W, _BAR))
-        self._score_text, self._score, self._font = None, None, None
 
     def _bar_overflows(self) -> bool:
         """Whether a vertical meter may reach above the bar (a speed of 200, an omega of 400)."""
@@ -106,8 +111,8 @@ class FastCarRacing(CarRacing):
         angle = -hull.angle
         zoom = 0.1 * SCALE * max(1 - t, 0) + ZOOM * SCALE * min(t, 1)
         x, y = hull.position
-        shift = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
-        shift = (WINDOW_W / 2 + shift[0], WINDOW_H / 4 + shift[1])
+        offset = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
+        shift = (WINDOW_W / 2 + offset[0], WINDOW_H / 4 + offset[1])
 
         self.surf = self._canvas
         if max(abs(x), abs(y)) + (_REACH + _MARGIN) / zoom < PLAYFIELD:

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 
 from valdi_jax.errors import UsageError
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
 
 _CHANNELS = 4  # at most, for the first axis of an image to be its channels
 _SMALLEST_IMAGE = 16  # pixels of each side, for an array of two axes to be an image
@@ -32,13 +32,19 @@ class Interface:
 
     def __init__(self, observations: gym.Space, actions: gym.Space):
         named = isinstance(observations, gym.spaces.Dict)
-        boxes = observations.spaces if named else {"observation": observations}
-        for name, box in boxes.items():
-            if not isinstance(box, gym.spaces.Box):
+        spaces = (
+            observations.spaces
+            if isinstance(observations, gym.spaces.Dict)
+            else {"observation": observations}
+        )
+        boxes: dict[str, gym.spaces.Box] = {}
+        for name, space in spaces.items():
+            if not isinstance(space, gym.spaces.Box):
                 raise UsageError(
-                    f"the observation {name!r} is of the kind {type(box).__name__}, not an array "
+                    f"the observation {name!r} is of the kind {type(space).__name__}, not an array "
                     "(Box): wrap the environment in gymnasium.wrappers.FlattenObservation"
                 )
+            boxes[name] = space
         images = [name for name, box in boxes.items() if _is_image(box)]
         if len(images) > 1:
             raise UsageError(

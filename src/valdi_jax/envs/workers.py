@@ -1,4 +1,7 @@
-"""Environments stepped a chunk of actions at a time, in this process or in worker processes."""
+"""Environments stepped a chunk of actions at a time, in this process or in worker processes.
+
+Nothing here needs JAX: a worker process starts in a fraction of the time.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
-import jax
 import numpy as np
 
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import StoppedError
-from valdi_jax.types import Observation
+from valdi_jax.observation import Observation
 
 _WORKER_LOSSES = 3  # of one worker in a row, without an answer in between, are given up on
 
@@ -52,7 +54,8 @@ class Stepper:
         self._env = factory()
         self._interface = Interface(self._env.observation_space, self._env.action_space)
         self._last_only = last_only
-        self._skips = last_only and hasattr(self._env, "skip_frames")
+        skips = last_only and hasattr(self._env, "skip_frames")
+        self._drawing: Any = self._env if skips else None  # Any: a gym.Env has neither of the two
 
     def reset(self, seed: int) -> Observation:
         """Start an episode."""
@@ -71,8 +74,8 @@ class Stepper:
             )
             rewards.append(float(reward))
             done = terminated or truncated
-            if done and self._skips and not last:  # its last frame is kept after all
-                observation = self._env.redraw()
+            if done and self._drawing is not None and not last:  # its last frame is kept after all
+                observation = self._drawing.redraw()
             if last or done or not self._last_only:
                 observations.append(self._interface.observe(observation))
             if not np.isfinite(rewards[-1]):
@@ -82,8 +85,8 @@ class Stepper:
         return Steps(observations, rewards, bool(terminated), bool(truncated))
 
     def _skip(self, skip: bool) -> None:
-        if self._skips:
-            self._env.skip_frames = skip
+        if self._drawing is not None:
+            self._drawing.skip_frames = skip
 
     def close(self) -> None:
         """Release the environment."""
@@ -104,6 +107,24 @@ class Pool(abc.ABC):
     size: int
     restarts: int = 0
 
+    def __init__(self, factory: Callable[[], gym.Env], *, last_only: bool = False):
+        self._kind = _Kind("", functools.partial(Stepper, factory, last_only=last_only))
+
+    @contextlib.contextmanager
+    def serving(
+        self, name: str, factory: Callable[[], gym.Env], *, last_only: bool = False
+    ) -> Iterator[None]:
+        """A context in which the pool steps environments of another kind.
+
+        They are made where they are first needed, and kept: a name stands for one factory.
+        """
+        make = functools.partial(Stepper, factory, last_only=last_only)
+        before, self._kind = self._kind, _Kind(name, make)
+        try:
+            yield
+        finally:
+            self._kind = before
+
     @abc.abstractmethod
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """Start an episode in each environment named, with the seed given."""
@@ -121,22 +142,50 @@ class Pool(abc.ABC):
         """Release all environments."""
 
 
+class _Kind(NamedTuple):
+    """Environments of one factory, by the name that a pool knows them by."""
+
+    name: str
+    make: Callable[[], Stepper]
+
+
+class _Place:
+    """One place of a pool: an environment of each kind that was asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Stepper] = {}
+
+    def reset(self, kind: _Kind, seed: int) -> Observation:
+        if kind.name not in self._made:
+            self._made[kind.name] = kind.make()
+        self.current = self._made[kind.name]
+        return self.current.reset(seed)
+
+    def step(self, actions: np.ndarray) -> Steps:
+        return self.current.step(actions)
+
+    def close(self) -> None:
+        for stepper in self._made.values():
+            stepper.close()
+
+
 class LocalPool(Pool):
     """A pool of one environment, in this process."""
 
     size = 1
 
     def __init__(self, factory: Callable[[], gym.Env], *, last_only: bool = False):
-        self._stepper = Stepper(factory, last_only=last_only)
+        super().__init__(factory, last_only=last_only)
+        self._place = _Place()
         self._answers: dict[int, Steps] = {}
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """See `Pool`."""
-        return {index: self._stepper.reset(seed) for index, seed in seeds.items()}
+        return {index: self._place.reset(self._kind, seed) for index, seed in seeds.items()}
 
     def send(self, actions: dict[int, np.ndarray]) -> None:
         """See `Pool`; here it is done at once."""
-        self._answers = {index: self._stepper.step(chunk) for index, chunk in actions.items()}
+        self._answers = {index: self._place.step(chunk) for index, chunk in actions.items()}
 
     def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
         """See `Pool`."""
@@ -144,7 +193,7 @@ class LocalPool(Pool):
 
     def close(self) -> None:
         """See `Pool`."""
-        self._stepper.close()
+        self._place.close()
 
 
 class WorkerPool(Pool):
@@ -177,8 +226,8 @@ class WorkerPool(Pool):
         last_only: bool = False,
         timeout: float = 60.0,
     ):
+        super().__init__(factory, last_only=last_only)
         self.size = size
-        self._make = functools.partial(Stepper, factory, last_only=last_only)
         self._shapes = _chunk_shapes(example, chunk)
         self._timeout = timeout
         self._losses = [0] * size  # of each environment, in a row
@@ -187,12 +236,12 @@ class WorkerPool(Pool):
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
         """See `Pool`."""
-        self._ask("reset", seeds)
+        self._ask("reset", {index: (self._kind, seed) for index, seed in seeds.items()})
         return {index: observations[0] for index, (observations, _) in self._answers(seeds)}
 
     def send(self, actions: dict[int, np.ndarray]) -> None:
         """See `Pool`."""
-        self._ask("step", actions)
+        self._ask("step", {index: (chunk,) for index, chunk in actions.items()})
 
     def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
         """See `Pool`."""
@@ -205,7 +254,7 @@ class WorkerPool(Pool):
         memory = context.RawArray("B", sum(nbytes for *_, nbytes in self._shapes))
         process = context.Process(
             target=_serve,
-            args=(theirs, memory, self._shapes, self._make),
+            args=(theirs, memory, self._shapes),
             name=f"env-{index}",
             daemon=True,
         )
@@ -235,9 +284,9 @@ class WorkerPool(Pool):
             self._losses[index] = 0
             if not isinstance(answer, str):
                 count, rest = answer
+                # A copy: the next chunk is written over this one.
                 observations = [
-                    # A copy: the next chunk is written over this one.
-                    jax.tree.map(lambda x, i=i: np.array(x[i]), worker.views)
+                    Observation(*(None if x is None else np.array(x[i]) for x in worker.views))
                     for i in range(count)
                 ]
                 answer = observations, rest
@@ -295,7 +344,7 @@ def _views(memory: ctypes.Array, shapes: _Shapes) -> Observation:
     """The shared memory as the observations of a chunk."""
     parts, start = {}, 0
     for name, shape, dtype, nbytes in shapes:
-        flat = np.frombuffer(memory, dtype, count=math.prod(shape), offset=start)
+        flat = np.frombuffer(memoryview(memory), dtype, count=math.prod(shape), offset=start)
         parts[name] = flat.reshape(shape)
         start += nbytes
     return Observation(**parts)
@@ -336,14 +385,12 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _serve(
-    pipe: Connection, memory: ctypes.Array, shapes: _Shapes, make: Callable[[], Stepper]
-) -> None:
+def _serve(pipe: Connection, memory: ctypes.Array, shapes: _Shapes) -> None:
     """Answer requests until the other end closes."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # where the parent could not see to it
         signal.signal(signum, signal.SIG_IGN)
     try:
-        stepper, views = make(), _views(memory, shapes)
+        place, views = _Place(), _views(memory, shapes)
 
         def write(observations: list[Observation]) -> int:
             for i, observation in enumerate(observations):
@@ -352,11 +399,11 @@ def _serve(
             return len(observations)
 
         while True:
-            method, argument = pipe.recv()
+            method, arguments = pipe.recv()
             if method == "reset":
-                pipe.send((write([stepper.reset(argument)]), ()))
+                pipe.send((write([place.reset(*arguments)]), ()))
             else:
-                steps = stepper.step(argument)
+                steps = place.step(*arguments)
                 rest = steps.rewards, steps.terminated, steps.truncated
                 pipe.send((write(steps.observations), rest))
     except (EOFError, ConnectionError):

@@ -19,7 +19,7 @@ class Patience(gym.Wrapper):
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._unrewarded = 0 if reward > 0 else self._unrewarded + 1
+        self._unrewarded = 0 if float(reward) > 0 else self._unrewarded + 1
         return observation, reward, terminated, truncated or self._unrewarded >= self.patience, info
 
 

@@ -1,0 +1,242 @@
+"""Rollouts: the planner acts in environments, which gives episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax.config import CollectConfig, Config
+from valdi_jax.data.episode import Episode
+from valdi_jax.envs.workers import Pool
+from valdi_jax.errors import StoppedError
+from valdi_jax.observation import Observation
+from valdi_jax.planners import first_carry, plan
+from valdi_jax.types import Array, Params
+
+_EPISODE_LOSSES = 5  # of its environment, after which an episode is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An episode to roll out."""
+
+    seed: int  # to reset the environment with
+    key: Array  # of the episode; each decision folds its number into it
+
+
+@dataclasses.dataclass
+class Rollout:
+    """A finished episode and how it came about."""
+
+    episode: Episode
+    predicted_return: float  # mean over the decisions of what the planner expected
+    plan_seconds: np.ndarray  # [decisions] wall time of each planner call
+    env_seconds: np.ndarray  # [decisions] wall time waited for each chunk of environment steps
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def plan_batch(
+    params: Params,
+    observations: Observation,
+    keys: Array,
+    decisions: Array,
+    noise_std: Array,
+    carries: Any = None,
+    *,
+    config: Config,
+) -> tuple[Array, Array, Any]:
+    """Plan for a batch of environments in one call.
+
+    Args:
+        params: parameters of all networks.
+        observations: [B, ...].
+        keys: [B] keys of the episodes.
+        decisions: [B] int32, the number of each decision within its episode.
+        noise_std: [] exploration noise.
+        carries: [B, ...] of the plans before; not read where a decision is its episode's first.
+        config: the run's configuration.
+
+    Returns: first chunks [B, C, A], predicted returns [B], carries for the next plans.
+    """
+
+    def one(observation, key, decision, carry):
+        key = jax.random.fold_in(key, decision)
+        carry = jax.tree.map(
+            lambda first, x: jnp.where(decision == 0, first, x), first_carry(config), carry
+        )
+        return plan(params, observation, key, config=config, noise_std=noise_std, carry=carry)
+
+    plans = jax.vmap(one)(observations, keys, decisions, carries)
+    return plans.actions[:, : config.model.chunk], plans.predicted_return, plans.carry
+
+
+def first_carries(batch: int, config: Config) -> Any:
+    """What `plan_batch` takes for ``batch`` environments before it has planned, on the host."""
+    return jax.tree.map(lambda x: np.stack([x] * batch), jax.device_get(first_carry(config)))
+
+
+def exploration_noise(episode: int, config: CollectConfig) -> float:
+    """Standard deviation of the exploration noise: held, then falling linearly.
+
+    Args:
+        episode: counted from the first after the seed episodes, which are negative.
+        config: the schedule.
+    """
+    progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    return config.noise_start + progress * (config.noise_end - config.noise_start)
+
+
+def roll_out(
+    params: Params,
+    pool: Pool,
+    jobs: Iterable[Job],
+    *,
+    config: Config,
+    noise_std: float = 0.0,
+    groups: int = 1,
+    keep_observations: bool = True,
+    on_decision: Callable[[], None] = lambda: None,
+) -> list[Rollout]:
+    """An episode for every job, the planner batched over the environments of the pool.
+
+    An environment that is done takes the next job. With none left it idles while the others
+    finish; its place in the planner's batch is computed in vain, so that no batch of another size
+    compiles. An episode whose environment is lost on the way is begun again.
+
+    Args:
+        params: parameters to plan with.
+        pool: the environments.
+        jobs: the episodes.
+        config: the run's configuration.
+        noise_std: exploration noise.
+        groups: of environments, each planned for in its turn while the others step.
+        keep_observations: whether the episodes are to hold them all, or the last alone.
+        on_decision: called before every planner call; what it raises ends the rollouts.
+
+    Returns: the episodes in the order of the jobs.
+
+    Raises:
+        StoppedError: if an episode has lost its environment too often: it would again.
+    """
+    jobs, config = list(jobs), config.graph
+    waiting = list(enumerate(jobs))[::-1]
+    finished: dict[int, Rollout] = {}
+    losses: Counter[int] = Counter()  # of an environment, by the job
+    width = -(-pool.size // groups)
+    parts = [part.tolist() for part in np.array_split(np.arange(pool.size), groups) if len(part)]
+    under_way: list[dict[int, _Slot]] = [{} for _ in parts]
+    carries = [first_carries(width, config) for _ in parts]
+    while waiting or any(under_way):
+        for group, (part, slots) in enumerate(zip(parts, under_way, strict=True)):
+            for lost in _receive(pool, slots, finished, keep_observations):
+                losses[lost.number] += 1
+                if losses[lost.number] == _EPISODE_LOSSES:
+                    raise StoppedError(
+                        f"the episode with the seed {lost.job.seed} lost its environment "
+                        f"{_EPISODE_LOSSES} times: the worker died or did not answer"
+                    )
+                waiting.append((lost.number, lost.job))
+            free = [index for index in part if index not in slots]
+            starting = {index: waiting.pop() for index in free if waiting}
+            firsts = pool.reset({index: job.seed for index, (_, job) in starting.items()})
+            for index, (number, job) in starting.items():
+                if index in firsts:
+                    slots[index] = _Slot(number, job, [firsts[index]])
+                else:
+                    waiting.append((number, job))
+            if not slots:
+                continue
+
+            on_decision()
+            start = time.perf_counter()
+            idle = next(iter(slots))
+            places = part + [idle] * (width - len(part))
+            batch = [slots.get(index, slots[idle]) for index in places]
+            actions, predicted, carry = plan_batch(
+                params,
+                jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
+                jnp.stack([slot.job.key for slot in batch]),
+                np.array([slot.decisions for slot in batch], np.int32),
+                np.float32(noise_std),
+                carries[group],
+                config=config,
+            )
+            # All to the host: a carry laid out as the parameters are would compile it again.
+            actions, predicted, carries[group] = jax.device_get((actions, predicted, carry))
+            planned = time.perf_counter()
+            chosen = {index: actions[part.index(index)] for index in slots}
+            pool.send(chosen)
+            sent = time.perf_counter()
+            for index, slot in slots.items():
+                slot.chunk = chosen[index]
+                slot.decisions += 1
+                slot.predicted += float(predicted[part.index(index)])
+                slot.plan_seconds.append(planned - start)
+                slot.env_seconds.append(sent - planned)
+    return [finished[number] for number in range(len(jobs))]
+
+
+def _receive(
+    pool: Pool, slots: dict[int, _Slot], finished: dict[int, Rollout], keep_observations: bool
+) -> list[_Slot]:
+    """Take in what the chunks led to that these environments were sent.
+
+    Returns: those whose environment was lost.
+    """
+    start = time.perf_counter()
+    answers = pool.receive(list(slots))
+    seconds = time.perf_counter() - start
+    lost = [slots.pop(index) for index in sorted(slots.keys() - answers.keys())]
+    for index, steps in answers.items():
+        slot = slots[index]
+        slot.observations += steps.observations
+        if not keep_observations:
+            del slot.observations[:-1]
+        slot.actions.append(slot.chunk[: len(steps.rewards)])
+        slot.rewards += steps.rewards
+        slot.env_seconds[-1] += seconds
+        if steps.terminated or steps.truncated:
+            finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
+            del slots[index]
+    return lost
+
+
+@dataclasses.dataclass
+class _Slot:
+    """An episode under way in one environment."""
+
+    number: int
+    job: Job
+    observations: list[Observation]
+    chunk: np.ndarray = dataclasses.field(init=False)  # of actions [C, A] being taken
+    actions: list[np.ndarray] = dataclasses.field(default_factory=list)
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    decisions: int = 0
+    predicted: float = 0.0
+    plan_seconds: list[float] = dataclasses.field(default_factory=list)
+    env_seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def finish(self, terminated: bool, truncated: bool) -> Rollout:
+        episode = Episode(
+            observations=jax.tree.map(lambda *x: np.stack(x), *self.observations),
+            actions=np.concatenate(self.actions),
+            rewards=np.array(self.rewards, np.float32),
+            terminated=terminated,
+            truncated=truncated,
+            seed=self.job.seed,
+        )
+        return Rollout(
+            episode,
+            predicted_return=self.predicted / self.decisions,
+            plan_seconds=np.array(self.plan_seconds),
+            env_seconds=np.array(self.env_seconds),
+        )

@@ -1,0 +1,14 @@
+"""World models: each is a file here and a line in the registry."""
+
+from valdi_jax.dynamics import diffusion, flow, mlp
+from valdi_jax.dynamics.base import Dynamics
+from valdi_jax.registry import Registry
+
+DYNAMICS: Registry[Dynamics] = Registry(
+    "--model.dynamics",
+    {
+        "diffusion": diffusion.DYNAMICS,
+        "flow": flow.DYNAMICS,
+        "mlp": mlp.DYNAMICS,
+    },
+)

@@ -1,0 +1,42 @@
+"""What a world model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from valdi_jax.config import ModelConfig
+from valdi_jax.types import Array
+
+
+class Dynamics(NamedTuple):
+    """A world model as four pure functions; ``config`` is the `ModelConfig`.
+
+    Attributes:
+        init: (key, *, config) -> parameters.
+        draw: (keys [2], batch size, *, config) -> the randomness of one update, any pytree.
+        predict: (params, z [B, D], actions [B, H, C * A], targets [B, H, D], valid [B, H], draws,
+            *, config) -> loss [] and the predicted latents [B, H, D] that the heads are trained on.
+            ``valid`` is 0 where a target is padding.
+        imagine: (params, z [..., D], actions [..., H, C * A], noise [..., H, D], *, config, steps)
+            -> latents [..., H, D] that follow z. ``steps`` are those of the sampler, if any.
+    """
+
+    init: Callable[..., Any]
+    draw: Callable[..., Any]
+    predict: Callable[..., tuple[Array, Array]]
+    imagine: Callable[..., Array]
+
+
+def dummies(config: ModelConfig) -> tuple[Array, Array]:
+    """A latent [1, D] and action chunks [1, H, C * A] of zeros, to initialise networks with."""
+    actions = jnp.zeros((1, config.horizon, config.chunk * config.action_dim))
+    return jnp.zeros((1, config.latent_dim)), actions
+
+
+def masked_mean(x: Array, valid: Array) -> Array:
+    """Mean [] of x over the entries where ``valid``, which broadcasts against it, is 1."""
+    valid = jnp.broadcast_to(valid, x.shape)
+    return jnp.sum(x * valid) / jnp.sum(valid)

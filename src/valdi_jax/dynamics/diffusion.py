@@ -1,0 +1,93 @@
+"""The diffusion world model: H latents are generated jointly (paper, Section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from valdi_jax import diffusion
+from valdi_jax.config import ModelConfig
+from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
+from valdi_jax.networks.layers import apply
+from valdi_jax.networks.transformer import TrajectoryTransformer
+from valdi_jax.types import Array, Params
+
+
+class DiffusionTransformer(TrajectoryTransformer):
+    """The transformer with a learned embedding for each timestep [...] int."""
+
+    def embed_time(self, time: Array) -> Array:
+        config, init = self.config, nn.initializers.normal(1.0)
+        shape = (config.diffusion_timesteps, config.timestep_dim)
+        return self.param("timestep_embedding", init, shape)[time]
+
+
+class DiffusionDraws(NamedTuple):
+    """The randomness of one update."""
+
+    noise: Array  # [B, H, D] standard normal
+    timesteps: Array  # [B] int32, uniform on 0 .. T - 1
+
+
+def init(key: Array, *, config: ModelConfig) -> Params:
+    """Parameters of the diffusion transformer."""
+    z, actions = dummies(config)
+    noised = jnp.zeros((1, config.horizon, config.latent_dim))
+    timestep = jnp.zeros((1,), jnp.int32)
+    return DiffusionTransformer(config).init(key, z, actions, noised, timestep)["params"]
+
+
+def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> DiffusionDraws:
+    """Noise and timesteps for ``batch_size`` segments from [2] keys."""
+    noise = jax.random.normal(keys[0], (batch_size, config.horizon, config.latent_dim))
+    timesteps = jax.random.randint(keys[1], (batch_size,), 0, config.diffusion_timesteps)
+    return DiffusionDraws(noise, timesteps)
+
+
+def velocity(
+    params: Params, z: Array, actions: Array, noised: Array, timestep: Array, *, config: ModelConfig
+) -> Array:
+    """Velocity [..., H, D] of a noised trajectory [..., H, D] at a timestep [...]."""
+    return apply(DiffusionTransformer(config), params, z, actions, noised, timestep)
+
+
+def predict(
+    params: Params,
+    z: Array,
+    actions: Array,
+    targets: Array,
+    valid: Array,
+    draws: DiffusionDraws,
+    *,
+    config: ModelConfig,
+) -> tuple[Array, Array]:
+    """Mean squared error of the velocity, and the one-step denoised estimate (equations 1 and 7).
+
+    Shapes as in `Dynamics`.
+    """
+    schedule = jnp.asarray(diffusion.alpha_bars(config.diffusion_timesteps))
+    alpha_bar = schedule[draws.timesteps][:, None, None]
+    noised = diffusion.add_noise(targets, draws.noise, alpha_bar)
+    target = diffusion.velocity_target(targets, draws.noise, alpha_bar)
+    predicted = velocity(params, z, actions, noised, draws.timesteps, config=config)
+    loss = masked_mean((predicted - target) ** 2, valid[..., None])
+    return loss, diffusion.denoise(noised, predicted, alpha_bar)
+
+
+def imagine(
+    params: Params, z: Array, actions: Array, noise: Array, *, config: ModelConfig, steps: int
+) -> Array:
+    """Latents that follow z, by ``steps`` steps of DDIM from ``noise``; shapes as in `Dynamics`."""
+
+    def velocity_fn(noised: Array, timestep: Array) -> Array:
+        # The sampler keeps its own precision, whatever the network computes in.
+        answer = velocity(params, z, actions, noised.astype(z.dtype), timestep, config=config)
+        return answer.astype(noised.dtype)
+
+    return diffusion.ddim(velocity_fn, noise, steps=steps, timesteps=config.diffusion_timesteps)
+
+
+DYNAMICS = Dynamics(init, draw, predict, imagine)

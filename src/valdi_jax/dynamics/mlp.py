@@ -1,0 +1,70 @@
+"""The deterministic baseline: an MLP rolled out one step at a time (paper, Supp. B)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from valdi_jax.config import ModelConfig
+from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
+from valdi_jax.networks.layers import ResidualMLP, apply
+from valdi_jax.types import Array, Params
+
+
+class MLPDynamics(nn.Module):
+    """One step: latent [..., D] and action chunk [..., C * A] -> latent [..., D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, z: Array, actions: Array) -> Array:
+        x = jnp.concatenate([z, actions], axis=-1)
+        net = ResidualMLP(self.config.mlp_width, self.config.mlp_depth, z.shape[-1], name="net")
+        return z + net(x)
+
+
+def init(key: Array, *, config: ModelConfig) -> Params:
+    """Parameters of the MLP."""
+    z, actions = dummies(config)
+    return MLPDynamics(config).init(key, z, actions[:, 0])["params"]
+
+
+def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> None:
+    """Nothing: the model is deterministic."""
+
+
+def rollout(params: Params, z: Array, actions: Array, *, config: ModelConfig) -> Array:
+    """Latents [..., H, D] that follow z [..., D] under action chunks [..., H, C * A]."""
+
+    def step(z: Array, chunk: Array) -> tuple[Array, Array]:
+        z = apply(MLPDynamics(config), params, z, chunk)
+        return z, z
+
+    _, trajectory = jax.lax.scan(step, z, jnp.moveaxis(actions, -2, 0))
+    return jnp.moveaxis(trajectory, 0, -2)
+
+
+def predict(
+    params: Params,
+    z: Array,
+    actions: Array,
+    targets: Array,
+    valid: Array,
+    draws: None,
+    *,
+    config: ModelConfig,
+) -> tuple[Array, Array]:
+    """Mean squared error of the rollout, and the rollout; shapes as in `Dynamics`."""
+    predicted = rollout(params, z, actions, config=config)
+    return masked_mean((predicted - targets) ** 2, valid[..., None]), predicted
+
+
+def imagine(
+    params: Params, z: Array, actions: Array, noise: Array, *, config: ModelConfig, steps: int
+) -> Array:
+    """The rollout; shapes as in `Dynamics`."""
+    return rollout(params, z, actions, config=config)
+
+
+DYNAMICS = Dynamics(init, draw, predict, imagine)

@@ -1,0 +1,76 @@
+"""The value heads' temporal-difference loss (paper, Supp. C)."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from valdi_jax import model
+from valdi_jax.config import Config
+from valdi_jax.dynamics.base import masked_mean
+from valdi_jax.losses.base import Term, View
+from valdi_jax.losses.reward import chunk_rewards
+from valdi_jax.types import Array, Params
+
+
+def td_targets(
+    rewards: Array,
+    next_values: Array,
+    terminals: Array,
+    *,
+    discount: float,
+    td_lambda: float = 0.0,
+) -> Array:
+    """TD(lambda) targets [..., H + 1] in world-model steps, one-step targets by default.
+
+    Longer returns are those of the actions in the replay, without a correction for older policies.
+
+    Args:
+        rewards: [..., H + 1, C] of each environment step.
+        next_values: [..., H + 1] value after each chunk.
+        terminals: [..., H + 1] 1 where the episode terminated within the chunk: nothing follows.
+        discount: per environment step.
+        td_lambda: weight of the longer returns within the segment (Sutton & Barto, 2018, 12.18).
+    """
+    chunk = rewards.shape[-1]
+    chex.assert_equal_shape([rewards[..., 0], next_values, terminals])
+    rewards = chunk_rewards(rewards, discount=discount)
+    continues = discount**chunk * (1 - terminals)
+    if td_lambda == 0:
+        return rewards + continues * next_values
+
+    def step(after: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        reward, continues, value = inputs
+        target = reward + continues * ((1 - td_lambda) * value + td_lambda * after)
+        return target, target
+
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, continues, next_values))
+    _, targets = jax.lax.scan(step, next_values[..., -1], inputs, reverse=True)
+    return jnp.moveaxis(targets, 0, -1)
+
+
+def loss(
+    params: Params, ema_params: Params, view: View, draws: None, *, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """Squared TD error of every head at the predicted latents, the target from the EMA heads."""
+    target = td_targets(
+        view.rewards,
+        jax.lax.stop_gradient(model.value(ema_params, view.next_latents, config=config)),
+        view.terminals,
+        discount=config.learn.discount,
+        td_lambda=config.learn.td_lambda,
+    )
+    predicted = model.values(params, view.trajectory, config=config)  # [E, B, H + 1]
+    valid = view.valid[None]
+    return masked_mean((predicted - target[None]) ** 2, valid), {
+        "value/mean": masked_mean(predicted, valid),
+        "value/target_mean": masked_mean(target, view.valid),
+    }
+
+
+TERM = Term(
+    trains=("encoder", "dynamics", "value"),
+    weight=lambda config: config.learn.value_weight,
+    loss=loss,
+)

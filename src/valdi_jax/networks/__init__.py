@@ -1,0 +1,1 @@
+"""Flax modules, confined to these files and the dynamics."""

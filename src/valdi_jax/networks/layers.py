@@ -1,0 +1,208 @@
+"""Layers shared by the networks, with the initialisation of the reference (PyTorch's defaults)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax.types import Array, Params
+
+# Uniform in +-1/sqrt(fan_in), which is what PyTorch's default amounts to for both layers below.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+_FEW_CHANNELS = 4
+_CONVOLVE_TILE = 16  # images whose blocks are multiplied at once
+
+
+def _bias_init(fan_in: int):
+    def init(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def apply(module: nn.Module, params: Params, *inputs: Any) -> Array:
+    """What a network whose state is its parameters alone makes of the inputs."""
+    return cast(Array, module.apply({"params": params}, *inputs))
+
+
+def on_last_axis(vector: Array | np.ndarray, like: Array) -> Array | np.ndarray:
+    """A vector [n] with axes of one before it, to meet ``like`` [..., n] without rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def gelu(x: Array) -> Array:
+    """GELU in the tanh approximation, as everywhere in the paper (Table 2)."""
+    return nn.gelu(x, approximate=True)
+
+
+def layer_norm(use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with the epsilon of the reference (linen's default is 1e-6)."""
+    return nn.LayerNorm(epsilon=1e-5, use_bias=use_bias, name=name)
+
+
+class Linear(nn.Module):
+    """Affine map of the last axis: [..., in] -> [..., features]."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Dense(
+            self.features,
+            use_bias=self.use_bias,
+            kernel_init=_kernel_init,
+            bias_init=_bias_init(x.shape[-1]),
+            name="dense",
+        )(x)
+
+
+def convolve(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    **settings: Any,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, in the form that is fastest on a CPU where it runs on one.
+
+    A kernel that takes in its whole input is one matrix product. Over few channels XLA's own is
+    slow; there a kernel of 2 s - 1 pixels with stride s is a product of blocks
+    (`_convolve_blocks`).
+
+    Args:
+        x: [B, height, width, in].
+        kernel: [height, width, in, features].
+        strides: along height and width.
+        padding: before and after, along height and width.
+        settings: of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` gives them; neither
+            dilation nor groups.
+
+    Returns: [B, height', width', features].
+    """
+
+    def default(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+
+    stride = strides[0]
+    padded = {amount for pair in padding for amount in pair}
+    if x.shape[1:3] == kernel.shape[:2] and padded == {0}:
+        cpu = _convolve_whole
+    elif (
+        x.shape[-1] <= _FEW_CHANNELS
+        and strides == (stride, stride)
+        and kernel.shape[:2] == (2 * stride - 1, 2 * stride - 1)
+        and padded == {stride - 1}
+    ):
+        cpu = functools.partial(_convolve_blocks, default, stride)
+    else:
+        return default(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _convolve_whole(x: Array, kernel: Array) -> Array:
+    """Convolution with a kernel of the input's size: [B, h, w, in] -> [B, 1, 1, features]."""
+    product = x.reshape(x.shape[0], -1) @ kernel.reshape(-1, kernel.shape[-1])
+    return product[:, None, None, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve_blocks(
+    default: Callable[[Array, Array], Array], stride: int, x: Array, kernel: Array
+) -> Array:
+    """Convolution of stride s, kernel 2 s - 1 and padding s - 1, as a product of s x s blocks.
+
+    An output takes in 2 x 2 blocks of the input. Each block is multiplied with the four parts of
+    the kernel at once, and every output adds up the four products that are its own.
+    """
+    _, height, width, channels = x.shape
+    features = kernel.shape[-1]
+    rows, columns = -(-height // stride), -(-width // stride)
+    x = jnp.pad(x, ((0, 0), (0, rows * stride - height), (0, columns * stride - width), (0, 0)))
+    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))  # to 2 x 2 blocks
+    kernel = kernel.reshape(2, stride, 2, stride, channels, features)
+    kernel = kernel.transpose(1, 3, 4, 0, 2, 5).reshape(stride * stride * channels, 4 * features)
+
+    def one(x: Array) -> Array:
+        x = x.reshape(rows, stride, columns, stride, channels).transpose(0, 2, 1, 3, 4)
+        x = x.reshape(rows, columns, stride * stride * channels)
+        y = jnp.pad(x, ((1, 0), (1, 0), (0, 0))) @ kernel
+        y = y.reshape(rows + 1, columns + 1, 4, features)
+        return y[:-1, :-1, 0] + y[:-1, 1:, 1] + y[1:, :-1, 2] + y[1:, 1:, 3]
+
+    # In tiles, as fresh memory for all products at once costs more than the products.
+    return jax.lax.map(one, x, batch_size=_CONVOLVE_TILE)
+
+
+def _convolve_blocks_forward(default, stride, x, kernel):
+    return _convolve_blocks(default, stride, x, kernel), (x, kernel)
+
+
+def _convolve_blocks_backward(default, stride, inputs, gradient):
+    # XLA's own is faster than the transpose of the above.
+    return jax.vjp(default, *inputs)[1](gradient)
+
+
+_convolve_blocks.defvjp(_convolve_blocks_forward, _convolve_blocks_backward)
+
+
+class Conv(nn.Module):
+    """Convolution in NHWC: [B, height, width, in] -> [B, height', width', features]."""
+
+    features: int
+    kernel: tuple[int, int]
+    stride: int
+    padding: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.Conv(
+            self.features,
+            self.kernel,
+            strides=(self.stride, self.stride),
+            padding=[(self.padding, self.padding)] * 2,
+            kernel_init=_kernel_init,
+            bias_init=_bias_init(math.prod(self.kernel) * x.shape[-1]),
+            conv_general_dilated=convolve,
+            name="conv",
+        )(x)
+
+
+class MLP(nn.Module):
+    """Linear layers with GELU between them: [..., in] -> [..., widths[-1]]."""
+
+    widths: Sequence[int]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, width in enumerate(self.widths):
+            x = Linear(width, name=f"linear_{i}")(x if i == 0 else gelu(x))
+        return x
+
+
+class ResidualMLP(nn.Module):
+    """Linear, ``depth`` residual blocks, linear: [..., in] -> [..., features].
+
+    A block adds LayerNorm -> linear to twice the width -> GELU -> linear (paper, Table 2).
+    """
+
+    width: int
+    depth: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Linear(self.width, name="inputs")(x)
+        for i in range(self.depth):
+            h = layer_norm(name=f"norm_{i}")(x)
+            x = x + MLP((2 * self.width, self.width), name=f"block_{i}")(h)
+        return Linear(self.features, name="outputs")(x)

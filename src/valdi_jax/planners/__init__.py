@@ -1,0 +1,116 @@
+"""Planners: each is a file here and a line in the registry; `plan` ties one to the model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from valdi_jax import model
+from valdi_jax.config import Config
+from valdi_jax.observation import Observation
+from valdi_jax.planners import cem, icem, mppi
+from valdi_jax.planners.base import Planner, Problem, correlated_normal
+from valdi_jax.planners.scoring import over_devices, predicted_return
+from valdi_jax.registry import Registry
+from valdi_jax.types import Array, Params, Plan
+
+PLANNERS: Registry[Planner] = Registry(
+    "--planner.kind",
+    {
+        "cem": cem.PLANNER,
+        "icem": icem.PLANNER,
+        "mppi": mppi.PLANNER,
+    },
+)
+
+
+def first_carry(config: Config) -> Any:
+    """What the first plan of an episode starts from: ``Plan.carry`` of the plan before it."""
+    return PLANNERS[config.planner.kind].init(config.search_shape, config=config.planner)
+
+
+def plan(
+    params: Params,
+    obs: Observation,
+    key: Array,
+    *,
+    config: Config,
+    noise_std: float | Array = 0.0,
+    carry: Any = None,
+) -> Plan:
+    """Plan from one observation in one compiled call; pure, so it can be vmapped.
+
+    Within ``jax.set_mesh(mesh)`` the devices of the mesh share the candidates, if these can be
+    split evenly; the parameters, the observation and the key are then needed on all of them.
+
+    Args:
+        params: parameters of all networks, as in ``AgentState.params``.
+        obs: one observation, without a batch axis.
+        key: PRNG key; the same key gives the same plan.
+        config: the run's configuration (static: another model or planner compiles again).
+        noise_std: standard deviation of the exploration noise added before the planner's squash
+            (CEM's is tanh).
+        carry: ``Plan.carry`` of the episode's plan before, where the planner carries anything on;
+            `first_carry` if not given.
+
+    Returns: the plan; execute its first C actions, then plan again.
+
+    Raises:
+        UsageError: if there is no such planner or dynamics.
+    """
+    return _plan(params, obs, key, noise_std, carry, config=config.graph)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _plan(
+    params: Params,
+    obs: Observation,
+    key: Array,
+    noise_std: float | Array,
+    carry: Any,
+    *,
+    config: Config,
+) -> Plan:
+    settings = config.planner
+    planner = PLANNERS[settings.kind]
+    noise_shape = (config.model.horizon, config.model.latent_dim)
+    search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
+    z = model.encode(params, obs, config=config)
+    scoring = {name: params[name] for name in ("dynamics", "reward", "value")}
+    scoring = jax.tree.map(lambda x: x.astype(settings.precision), scoring)
+
+    def score(sequences: Array, key: Array) -> Array:
+        count = sequences.shape[0]
+        actions = hold(sequences, settings.action_hold)
+        actions = actions.reshape(count, config.model.horizon, -1).astype(settings.precision)
+        if settings.shared_noise:
+            noise = jax.random.normal(shared_key, noise_shape)
+            noise = jnp.broadcast_to(noise, (count, *noise_shape))
+        else:
+            noise = jax.random.normal(key, (count, *noise_shape))
+        return over_devices(
+            functools.partial(predicted_return, config=config, steps=settings.diffusion_steps)
+        )(scoring, z, actions, noise)
+
+    problem = Problem(config.search_shape, config.model.chunk // settings.action_hold, score)
+    carry = first_carry(config) if carry is None else carry
+    found, carry = planner.search(problem, carry, search_key, config=settings)
+    found_score = found.score
+    if found_score is None:
+        found_score = score(planner.squash(found.sequence)[None], answer_key)[0]
+    noise = correlated_normal(explore_key, problem.shape, correlation=settings.correlation)
+    return Plan(
+        actions=hold(planner.squash(found.sequence + noise_std * noise), settings.action_hold),
+        predicted_return=found_score,
+        mean=hold(found.mean, settings.action_hold),
+        std=hold(found.std, settings.action_hold),
+        carry=carry,
+    )
+
+
+def hold(sequences: Array, steps: int) -> Array:
+    """Each action of sequences [..., S, A] for so many steps: [..., S * steps, A]."""
+    return jnp.repeat(sequences, steps, axis=-2)

@@ -1,0 +1,86 @@
+"""What a planner is, and what it is given: a problem, which hides the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from valdi_jax.types import Array
+
+
+class Problem(NamedTuple):
+    """All that a planner sees.
+
+    Attributes:
+        shape: [S, A] of a sequence of actions.
+        executed: actions of it that are executed before the next search.
+        score: (sequences [N, S, A] in [-1, 1], key) -> scores [N], to be maximised; differentiable.
+    """
+
+    shape: tuple[int, int]
+    executed: int
+    score: Callable[[Array, Array], Array]
+
+
+class Found(struct.PyTreeNode):
+    """What a search found."""
+
+    sequence: Array  # [S, A] the answer, before the planner's squash
+    score: Array | None  # [] of the answer, where the search knows it
+    mean: Array  # [S, A] of the last sampling distribution
+    std: Array  # [S, A] of the last sampling distribution
+
+
+class Planner(NamedTuple):
+    """A search as pure functions; ``config`` is the `PlannerConfig`.
+
+    Attributes:
+        init: (shape [S, A], *, config) -> what an episode's first search starts from, any pytree.
+        search: (problem, carry, key, *, config) -> what it found, and the next carry.
+        squash: from the space that it searches to actions in [-1, 1]; exploration noise is added
+            before it.
+    """
+
+    init: Callable[..., Any]
+    search: Callable[..., tuple[Found, Any]]
+    squash: Callable[[Array], Array]
+
+
+def clip(actions: Array) -> Array:
+    """The squash of planners that search among the actions themselves."""
+    return jnp.clip(actions, -1, 1)
+
+
+def no_nan(scores: Array) -> Array:
+    """Scores [N] by which a candidate without a number is never chosen while another is left."""
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def shift(sequence: Array, executed: int) -> Array:
+    """A sequence [..., S, A] as the next search sees it: the first are done, the last unknown."""
+    rest = sequence[..., executed:, :]
+    return jnp.concatenate([rest, jnp.zeros_like(sequence[..., :executed, :])], axis=-2)
+
+
+def correlated_normal(key: Array, shape: tuple[int, ...], *, correlation: float) -> Array:
+    """Standard normal noise [..., S, A], along S an AR(1) process.
+
+    x_t = c x_{t-1} + sqrt(1 - c^2) e_t with the correlation c and independent normal e_t.
+    """
+    if correlation == 0:
+        return jax.random.normal(key, shape)
+    lag = np.subtract.outer(np.arange(shape[-2]), np.arange(shape[-2]))
+    mixing = np.where(lag >= 0, correlation ** np.maximum(lag, 0), 0)
+    mixing[:, 1:] *= np.sqrt(1 - correlation**2)  # all but the first are innovations
+    return mix(key, shape, mixing)
+
+
+def mix(key: Array, shape: tuple[int, ...], matrix: np.ndarray) -> Array:
+    """Normal noise [..., S, A] whose covariance along S is M M^T, for a matrix M [S, any]."""
+    noise = jax.random.normal(key, (*shape[:-2], matrix.shape[1], shape[-1]))
+    return jnp.einsum("st,...ta->...sa", jnp.asarray(matrix, jnp.float32), noise)

@@ -1,0 +1,71 @@
+"""MPPI as TD-MPC2 has it (Williams et al., 2015; Hansen et al., 2024), without its policy prior.
+
+The next distribution is that of the elites weighted by a softmax of their returns, its standard
+deviation is bounded, and its mean, moved on, is where the next decision starts. It searches among
+the actions themselves, clipped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from valdi_jax.config import PlannerConfig
+from valdi_jax.planners.base import Found, Planner, Problem, clip, no_nan, shift
+from valdi_jax.types import Array
+
+
+class MPPIState(NamedTuple):
+    """The search between two iterations."""
+
+    mean: Array  # [S, A]
+    std: Array  # [S, A]
+    best: Array  # [S, A] best candidate seen so far
+    best_score: Array  # []
+
+
+def init(shape: tuple[int, int], *, config: PlannerConfig) -> Array:
+    """The mean [S, A] of a first search."""
+    return jnp.zeros(shape)
+
+
+def search(
+    problem: Problem, carry: Array, key: Array, *, config: PlannerConfig
+) -> tuple[Found, Array]:
+    """See the module."""
+    settings = config.mppi
+
+    def iterate(state: MPPIState, key: Array) -> tuple[MPPIState, None]:
+        sample_key, score_key = jax.random.split(key)
+        noise = jax.random.normal(sample_key, (config.candidates, *problem.shape))
+        samples = clip(state.mean[None] + state.std[None] * noise)
+        scores = no_nan(problem.score(samples, score_key))
+        elite_scores, indices = jax.lax.top_k(scores, config.elites)
+        elite = samples[indices]
+        # Equal weights where no candidate has a score.
+        behind = jnp.where(elite_scores == elite_scores[0], 0, elite_scores - elite_scores[0])
+        weights = jax.nn.softmax(settings.temperature * behind)
+        mean = jnp.einsum("k,k...->...", weights, elite)
+        variance = jnp.einsum("k,k...->...", weights, (elite - mean[None]) ** 2)
+        improved = elite_scores[0] > state.best_score
+        return MPPIState(
+            mean=mean,
+            std=jnp.clip(jnp.sqrt(variance), settings.min_std, settings.max_std),
+            best=jnp.where(improved, elite[0], state.best),
+            best_score=jnp.where(improved, elite_scores[0], state.best_score),
+        ), None
+
+    std = jnp.full(problem.shape, settings.max_std)
+    state = MPPIState(mean=carry, std=std, best=carry, best_score=jnp.float32(-jnp.inf))
+    state, _ = jax.lax.scan(iterate, state, jax.random.split(key, config.iterations))
+    found = (
+        Found(state.best, state.best_score, state.mean, state.std)
+        if config.answer == "best"
+        else Found(state.mean, None, state.mean, state.std)
+    )
+    return found, shift(state.mean, problem.executed)
+
+
+PLANNER = Planner(init, search, squash=clip)

@@ -1,0 +1,188 @@
+"""Named configurations, and which of them suits an environment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from valdi_jax.config import (
+    CheckpointConfig,
+    CollectConfig,
+    Config,
+    EnvConfig,
+    EvalConfig,
+    LearnConfig,
+    ModelConfig,
+    PlannerConfig,
+    ReplayConfig,
+)
+from valdi_jax.errors import UsageError
+
+_PAPER = Config()
+
+# For tasks seen as a vector: no images, so smaller networks learn the same in less time.
+_VECTOR = Config(
+    env=EnvConfig(name="gym", max_steps=0),
+    model=ModelConfig(
+        normalize=True,
+        latent_dim=32,
+        chunk=2,
+        encoder_width=128,
+        timestep_dim=16,
+        transformer_width=128,
+        transformer_depth=2,
+        transformer_heads=4,
+        transformer_hidden=256,
+        mlp_width=128,
+        mlp_depth=3,
+        reward_width=128,
+        value_width=256,
+    ),
+    planner=PlannerConfig(candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True),
+    learn=LearnConfig(
+        batch_size=64,
+        updates_per_step=0.5,
+        ema_rate=0.01,
+        sigreg_directions=256,
+        bootstrap_terminal=False,
+        td_encoder="ema",
+    ),
+    collect=CollectConfig(episodes=200, seed_episodes=5, noise_hold=50, noise_decay=50),
+    eval=EvalConfig(every=25),
+    checkpoint=CheckpointConfig(every=25),
+)
+
+# Its falls are over in fifteen decisions, standing lasts four hundred: by episode, nearly all that
+# is learnt from would be falls, and it never dares a step.
+_WALKER = _VECTOR.replace(
+    env={"name": "bipedalwalker", "action_repeat": 4},
+    model={"chunk": 1},
+    learn={"updates_per_step": 1.0, "discount": 0.98, "reward_scale": 0.1},
+    collect={"noise_hold": 100, "noise_decay": 100},
+    replay={"sampling": "step"},
+    eval={"every": 50, "episodes": 10},
+)
+
+
+PRESETS: dict[str, Config] = {
+    # Every value of Table 3 of the paper.
+    "paper": _PAPER,
+    # What learns most for an hour of a CPU: small networks on small frames leave time for data, and
+    # more is made of each segment; docs/results.md has what each part of it was worth.
+    "cpu": dataclasses.replace(
+        _PAPER,
+        env=EnvConfig(patience=75, downsample=2),
+        model=ModelConfig(
+            encoder_width=128,
+            transformer_width=128,
+            transformer_depth=3,
+            transformer_heads=4,
+            transformer_hidden=256,
+            mlp_width=192,
+            mlp_depth=3,
+            reward_width=128,
+            value_width=256,
+        ),
+        planner=PlannerConfig(
+            candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True
+        ),
+        learn=LearnConfig(
+            batch_size=64,
+            updates_per_step=0.2,
+            ema_rate=0.02,
+            sigreg_directions=256,
+            td_encoder="ema",
+            td_lambda=0.7,
+            mirror=True,
+            random_shift=2,
+        ),
+        collect=CollectConfig(episodes=300, noise_hold=100, noise_decay=100),
+        replay=ReplayConfig(sampling="step"),
+        eval=EvalConfig(every=50),
+        checkpoint=CheckpointConfig(every=10),
+    ),
+    # A smoke run on the real environment: over in about a minute, learns nothing worth having.
+    "tiny": dataclasses.replace(
+        _PAPER,
+        env=EnvConfig(max_steps=60),
+        model=ModelConfig(
+            latent_dim=16,
+            encoder_width=32,
+            cnn_channels=(4, 8, 8, 8, 16),
+            timestep_dim=8,
+            transformer_width=64,
+            transformer_depth=1,
+            transformer_heads=2,
+            transformer_hidden=64,
+            mlp_width=32,
+            mlp_depth=1,
+            reward_width=32,
+            reward_depth=1,
+            value_width=32,
+        ),
+        planner=PlannerConfig(candidates=16, elites=4, iterations=2),
+        learn=LearnConfig(batch_size=8, sigreg_directions=16),
+        collect=CollectConfig(episodes=6, seed_episodes=2),
+        replay=ReplayConfig(capacity=10),
+        eval=EvalConfig(every=3, episodes=1),
+        checkpoint=CheckpointConfig(every=3),
+    ),
+    "gym": _VECTOR,
+    "pendulum": _VECTOR.replace(
+        env={"name": "pendulum"},
+        learn={"reward_scale": 0.1},
+        collect={"episodes": 40},
+        eval={"every": 20, "episodes": 20},
+    ),
+    # An action held for ten steps moves the car far enough to find the goal by chance.
+    "mountaincar": _VECTOR.replace(
+        env={"name": "mountaincar", "action_repeat": 10},
+        model={"chunk": 1},
+        learn={"updates_per_step": 2.0, "discount": 0.98},
+        collect={"episodes": 40},
+        eval={"every": 20, "episodes": 20},
+    ),
+    # A landing counts once the engines have rested for a while, which single steps never try.
+    "lunarlander": _VECTOR.replace(
+        env={"name": "lunarlander", "action_repeat": 4},
+        model={"chunk": 1},
+        learn={"updates_per_step": 2.0, "discount": 0.98, "reward_scale": 0.1},
+        collect={"episodes": 100, "noise_decay": 100},
+        eval={"every": 50, "episodes": 20},
+    ),
+    "bipedalwalker": _WALKER,
+    "bipedalwalker-hardcore": _WALKER.replace(env={"name": "bipedalwalker-hardcore"}),
+}
+
+
+def default_config(env: str | None, preset: str | None) -> Config:
+    """The configuration that a command line starts from.
+
+    Args:
+        env: name of the environment, ``None`` for that of the preset.
+        preset: name of the preset, ``None`` for that which suits the environment.
+
+    Raises:
+        UsageError: if there is no such preset.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if env is None:
+        env = "carracing" if preset is None else PRESETS[preset].env.name
+    suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(env, PRESETS["gym"])
+    if preset is None:
+        return suited.replace(env={"name": env})
+    config = PRESETS[preset]
+    if env == config.env.name:
+        return config
+    if suited is PRESETS["gym"] and config.env.name != "carracing":
+        return config.replace(env={"name": env})  # nothing is known of it: like the preset's own
+    # The sizes and budgets of the preset, with what the environment asks for.
+    return config.replace(
+        env=dataclasses.asdict(suited.env) | {"name": env},
+        model={"normalize": suited.model.normalize, "chunk": suited.model.chunk},
+        learn={
+            name: getattr(suited.learn, name)
+            for name in ("bootstrap_terminal", "reward_scale", "discount", "mirror", "random_shift")
+        },
+        replay={"sampling": suited.replay.sampling},
+    )

@@ -1,0 +1,1 @@
+"""A training run: its loop, its directory, what it tells."""

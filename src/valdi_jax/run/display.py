@@ -1,0 +1,81 @@
+"""What a run shows while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+
+class Display:
+    """Live table on a terminal; a line an episode where the output is not one."""
+
+    def __init__(self, console: Console, total: int, done: int, returns: list[float]):
+        self._console = console
+        self._total = total
+        self._first = self._done = done
+        self._returns = deque(returns, maxlen=20)
+        self._start = time.monotonic()
+        self._record: dict[str, Any] = {}
+        self._phase = "starting"
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._table)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        """What the run is doing now."""
+        self._phase = text
+
+    def say(self, text: str) -> None:
+        """Print a line above the table."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def episode(self, record: dict[str, Any]) -> None:
+        """A finished episode's metrics."""
+        self._record = record
+        self._done += 1
+        self._returns.append(record["episode/return"])
+        if not self._console.is_terminal:
+            self.say("  ".join(f"{name} {value}" for name, value in self._columns()))
+
+    def _columns(self) -> list[tuple[str, str]]:
+        record = self._record
+        mean = sum(self._returns) / max(len(self._returns), 1)
+        elapsed = time.monotonic() - self._start
+        eta = (self._total - self._done) * elapsed / max(self._done - self._first, 1)
+
+        def number(key: str, form: str) -> str:
+            return format(record[key], form) if key in record else "-"
+
+        return [
+            ("episode", f"{self._done}/{self._total}"),
+            ("return", number("episode/return", ".1f")),
+            ("mean of 20", f"{mean:.1f}"),
+            ("steps", number("episode/length", "d")),
+            ("plan ms", number("time/plan_ms", ".0f")),
+            ("update ms", number("time/update_ms", ".0f")),
+            ("loss", number("loss/total", ".3f")),
+            (
+                "left",
+                time.strftime("%H:%M:%S", time.gmtime(eta))
+                if eta < 86400
+                else f"{eta / 86400:.1f} days",
+            ),
+        ]
+
+    def _table(self) -> Table:
+        columns = self._columns() if self._record else [("episode", f"{self._done}/{self._total}")]
+        table = Table(*(name for name, _ in columns), caption=self._phase)
+        table.add_row(*(value for _, value in columns))
+        return table

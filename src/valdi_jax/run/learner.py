@@ -1,0 +1,284 @@
+"""Episodes in, updates out: the agent, its replay, and where the two meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.replay import Replay, Segments
+from valdi_jax.data.source import SOURCES
+from valdi_jax.data.store import Store, store_episode, store_shapes
+from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.errors import StoppedError, UsageError
+from valdi_jax.losses import TERMS
+from valdi_jax.model import NETWORKS
+from valdi_jax.observation import Observation
+from valdi_jax.planners import PLANNERS
+from valdi_jax.registry import Registry
+from valdi_jax.run import checkpoint
+from valdi_jax.types import AgentState, Array, Batch, Params
+from valdi_jax.updates import observe, shardings, update, update_from_store
+
+_STORE_SHARE = 0.8  # of the device's free memory that a replay may take
+
+
+class Learner:
+    """An agent that learns from its replay.
+
+    Args:
+        state: the agent, on one device; it is laid over all that share its updates.
+        example: one observation, without a batch axis.
+        config: the run's configuration.
+        run_dir: where batches of updates that were not finite are kept.
+        say: called with a sentence about such an update.
+
+    Attributes:
+        state: the agent as of the last update made.
+        replay: its episodes.
+        updates: how many have been made, as a Python number.
+        placement: where segments are gathered, ``"device"`` or ``"host"``.
+        devices: how many share an update.
+
+    Raises:
+        UsageError: if the replay cannot be where it is asked to be, or the devices cannot share
+            the updates.
+    """
+
+    def __init__(
+        self,
+        state: AgentState,
+        example: Observation,
+        *,
+        config: Config,
+        run_dir: Path,
+        say: Callable[[str], None],
+    ):
+        self.replay = Replay(config)
+        self.updates = int(state.step)
+        self._config = config
+        self._run_dir = run_dir
+        self._say = say
+        self._refused = 0  # updates in a row that were not finite
+        self._waiting = False  # for an episode to learn from, and this was said
+        self._under_way: _Dispatch | None = None
+        self.devices = sharing(config)
+        self._split: NamedSharding | None
+        whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
+        # Also a single device is named, as for a state that is loaded: else the update would be
+        # compiled once for either.
+        self.state = jax.device_put(state, whole or jax.local_devices()[0])
+        self.placement = place(example, config)
+        self._store: Store | None = None
+        if self.placement == "device":
+            shapes = store_shapes(example, config)
+            self._store = jax.jit(
+                lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+                out_shardings=whole,
+            )()
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[Params]:
+        """A context in which all devices share the candidates of a plan, and its parameters."""
+        params = self.state.params
+        if jax.device_count() == 1:
+            yield params
+            return
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        with jax.set_mesh(mesh):
+            yield jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    def add(self, episode: Episode) -> None:
+        """An episode that is new."""
+        self.restore(episode)
+        self.state = observe(self.state, episode.observations.vector)
+
+    def restore(self, episode: Episode) -> None:
+        """An episode that the agent had before it was saved."""
+        slot = self.replay.add(episode)
+        if self._store is None:
+            return
+        try:
+            self._store = store_episode(self._store, slot, episode)
+        except UsageError as error:  # a factory's environment may have a limit of its own
+            if self._config.replay.placement == "device":
+                raise
+            self._say(f"note: {error}; segments are gathered on the host")
+            self._store, self.placement = None, "host"
+
+    def learn(
+        self,
+        due: int,
+        metrics: list[dict[str, float]],
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make updates until there have been ``due``.
+
+        Args:
+            due: updates since the run began.
+            metrics: each update's are appended.
+            interrupt: called before every call of the device; what it raises ends the learning.
+
+        Raises:
+            StoppedError: if too many updates in a row were not finite.
+        """
+        if not self.replay.ready:
+            if due and not self._waiting:
+                self._waiting = True
+                self._say(
+                    "warning: no episode so far is as long as a training segment "
+                    f"({self._config.segment_steps} steps): nothing can be learnt"
+                )
+            return
+        try:
+            while self.updates < due:
+                interrupt()
+                self._dispatch(due - self.updates, metrics)
+        finally:
+            self._judge(metrics)
+
+    def _dispatch(self, most: int, metrics: list[dict[str, float]]) -> None:
+        """Start the next updates, once those before them are judged."""
+        config, first = self._config, self.updates
+        size = 1 if self._store is None else config.learn.updates_per_dispatch
+        count = min(most, size)
+        segments = [
+            self.replay.draw(
+                np.random.default_rng([2, config.seed, first + i]), config.learn.batch_size
+            )
+            for i in range(count)
+        ]
+        batch = None
+        if self._store is None:
+            batch = self.replay.gather(segments[0])
+            # What was drawn was drawn while the device worked, but only one batch ahead.
+            self._judge(metrics)
+            if self._split is not None:
+                batch = jax.device_put(batch, self._split)
+            self.state, values = update(self.state, batch, config=config)
+        else:
+            padded = segments + [segments[0]] * (size - count)  # one shape compiles once
+            stacked = jax.tree.map(lambda *x: np.stack(x), *padded)
+            self._judge(metrics)
+            if self._split is not None:
+                split = NamedSharding(self._split.mesh, PartitionSpec(None, *self._split.spec))
+                stacked = jax.device_put(stacked, split)
+            self.state, values = update_from_store(
+                self.state, self._store, stacked, np.int32(count), config=config
+            )
+        self.updates += count
+        self._under_way = _Dispatch(first, segments, batch, values)
+
+    def _judge(self, metrics: list[dict[str, float]]) -> None:
+        """Wait for the updates under way; keep the batches of those that were refused.
+
+        Raises:
+            StoppedError: if one is one too many in a row.
+        """
+        done, self._under_way = self._under_way, None
+        if done is None:
+            return
+        values = {name: np.atleast_1d(value) for name, value in done.values.items()}
+        for i, segments in enumerate(done.segments):
+            one = {name: float(value[i]) for name, value in values.items()}
+            metrics.append(one)
+            self._refused = self._refused + 1 if one["update/refused"] else 0
+            if self._refused:
+                batch = self.replay.gather(segments) if done.batch is None else done.batch
+                self._report_refusal(done.first + i + 1, batch, one)
+
+    def _report_refusal(self, number: int, batch: Batch, values: dict[str, float]) -> None:
+        limit = self._config.learn.nonfinite_limit
+        names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
+        sentence = f"{names} not finite in update {number}, which was refused"
+        if len(list(self._run_dir.glob("nonfinite/*.npz"))) < limit:
+            try:
+                path = checkpoint.save_batch(self._run_dir, number, batch)
+                sentence += f"; its batch is in {path}"
+            except OSError as error:
+                sentence += f"; its batch cannot be kept: {error.strerror}"
+        self._say(f"warning: {sentence}")
+        if self._refused >= limit:
+            raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
+
+
+class _Dispatch(NamedTuple):
+    """Updates that the device has been given."""
+
+    first: int  # updates made before them
+    segments: list[Segments]  # of each
+    batch: Batch | None  # of the only one, where it was gathered on the host
+    values: dict[str, Array]  # their metrics, once they are made
+
+
+def check_names(config: Config) -> None:
+    """Refuse a configuration that names what there is not.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    named: tuple[tuple[Registry[Any], str], ...] = (
+        (SOURCES, config.collect.source),
+        (DYNAMICS, config.model.dynamics),
+        (PLANNERS, config.planner.kind),
+        *((NETWORKS, name) for name in config.model.networks),
+        *((TERMS, name) for name in config.learn.terms),
+    )
+    for registry, name in named:
+        registry[name]  # raises
+    networks = {"encoder", "dynamics", "reward", "value", *config.model.networks}
+    for name in config.learn.terms:
+        for network in TERMS[name].trains:
+            if network not in networks:
+                raise UsageError(f"--learn.terms: {name} needs --model.networks {network}")
+
+
+def check(example: Observation, config: Config) -> None:
+    """Refuse what no learner could serve, before anything is made for it.
+
+    Raises:
+        UsageError: as `Learner`, or if the configuration names what there is not.
+    """
+    check_names(config)
+    place(example, config)
+    shardings(config.learn.batch_size, sharing(config))
+
+
+def sharing(config: Config) -> int:
+    """How many devices share an update: as many as are asked for, or one of a CPU's, or as many
+    accelerators as can split the batch evenly."""
+    if config.learn.devices or jax.default_backend() == "cpu":
+        return config.learn.devices or 1
+    divisors = range(1, jax.device_count() + 1)
+    return max(n for n in divisors if config.learn.batch_size % n == 0)
+
+
+def place(example: Observation, config: Config) -> str:
+    """Where a run's segments are gathered: ``"device"`` or ``"host"``.
+
+    Raises:
+        UsageError: if the device is asked for, and the episodes have no known limit.
+    """
+    asked = config.replay.placement
+    if asked == "device":
+        store_shapes(example, config)  # raises
+    if asked != "auto":
+        return asked
+    if jax.default_backend() == "cpu":  # where a loop around updates only slows them down
+        return "host"
+    try:
+        shapes = jax.tree.leaves(store_shapes(example, config))
+    except UsageError:
+        return "host"
+    needed = sum(x.size * x.dtype.itemsize for x in shapes)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+    return "device" if needed <= _STORE_SHARE * free else "host"

@@ -1,0 +1,177 @@
+"""What a run tells: its log and its display, fed from one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from valdi_jax import cli
+from valdi_jax.config import Config
+from valdi_jax.data.rollout import Rollout, exploration_noise
+from valdi_jax.data.source import Progress
+from valdi_jax.errors import StoppedError
+from valdi_jax.run.display import Display
+from valdi_jax.run.log import RunLog, read_jsonl
+
+
+class Reporter:
+    """Tells what a run does.
+
+    Args:
+        run_dir: directory of the run.
+        config: the run's configuration.
+        progress: the run's counters; their seconds are kept here.
+        console: where the display is.
+
+    Attributes:
+        evaluated: episodes at the last evaluation.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, progress: Progress, console: Console):
+        self._config, self._progress = config, progress
+        records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
+        returns = [record["episode/return"] for record in records[-20:]]
+        self._display = Display(console, config.collect.episodes, progress.episodes, returns)
+        self.say, self.phase = self._display.say, self._display.phase
+        self._log = RunLog(run_dir, episodes=progress.episodes, say=self.say)
+        evaluations = read_jsonl(run_dir / "evaluations.jsonl")
+        self.evaluated = evaluations[-1]["episode"] + 1 if evaluations else 0
+        self._begun = time.monotonic() - progress.seconds  # had the run never stopped
+        self._compiled = False  # how long that took was said
+        self._unscored = 0  # episodes in a row that the planner had no finite score for
+
+    def live(self) -> Display:
+        """The display, as a context in which it is shown."""
+        return self._display
+
+    @contextlib.contextmanager
+    def learning(self, owed: int, metrics: dict[str, float]) -> Iterator[list[dict[str, float]]]:
+        """A context of updates: the list that it yields takes each one's metrics.
+
+        Args:
+            owed: how many are to come.
+            metrics: gets the means of theirs.
+        """
+        each: list[dict[str, float]] = []
+        if owed > 0:
+            compiling = "" if self._compiled else " (the first compiles)"
+            self.phase(f"learning: {owed} updates{compiling}")
+        start = time.perf_counter()
+        try:
+            yield each
+        finally:
+            if each:
+                metrics |= _means(each)
+                metrics["time/learn_s"] = time.perf_counter() - start
+                metrics["time/update_ms"] = 1e3 * metrics["time/learn_s"] / len(each)
+                self.tick()
+
+    def check_scores(self, rollouts: Sequence[Rollout]) -> None:
+        """Raises StoppedError if the planner had no finite score for too many episodes in a row."""
+        for rollout in rollouts:
+            finite = np.isfinite(rollout.predicted_return)
+            self._unscored = 0 if finite else self._unscored + 1
+        if self._unscored >= self._config.learn.nonfinite_limit:
+            raise StoppedError(
+                f"the planner's scores were not finite in {self._unscored} episodes in a row, the "
+                f"last of them episode {self._progress.episodes}"
+            )
+
+    def episodes(
+        self,
+        numbers: Sequence[int],
+        rollouts: Sequence[Rollout],
+        metrics: dict[str, float],
+        updates: int,
+    ) -> None:
+        """The episodes of a round, with the metrics of the learning beside or after it."""
+        collect = self._config.collect
+        noise_std = exploration_noise(numbers[0] - collect.seed_episodes, collect)
+        for number, rollout in zip(numbers, rollouts, strict=True):
+            record = {
+                "episode": number,
+                "episode/return": rollout.episode.episode_return,
+                "episode/length": len(rollout.episode),
+                "episode/terminated": rollout.episode.terminated,
+                "episode/seed": rollout.episode.seed,
+                "plan/predicted_return": rollout.predicted_return,
+                "time/plan_ms": 1e3 * float(np.median(rollout.plan_seconds)),
+                "time/plan_s": float(np.sum(rollout.plan_seconds)),
+                "time/env_ms": 1e3 * float(np.median(rollout.env_seconds)),
+                "time/env_s": float(np.sum(rollout.env_seconds)),
+                "time/seconds": self._progress.seconds,
+                **_memory(),
+                "total/env_steps": self._progress.env_steps,
+                "total/updates": updates,
+                "plan/noise_std": noise_std,
+                **metrics,
+            }
+            self._log.episode(record)
+            self._display.episode(record)
+        if updates and not self._compiled:
+            self._compiled = True
+            seconds, spared = cli.compile_cost()
+            cached = jax.config.values["jax_compilation_cache_dir"] is not None
+            self.say(
+                f"compiled for {seconds:.0f} s in all; "
+                + (
+                    f"{spared} programs came from the cache"
+                    if cached
+                    else "where JAX_COMPILATION_CACHE_DIR is set, the next start need not"
+                )
+            )
+
+    def evaluation(self, rollouts: Sequence[Rollout]) -> None:
+        """The fixed episodes."""
+        self.evaluated = self._progress.episodes
+        returns = [rollout.episode.episode_return for rollout in rollouts]
+        self._log.evaluation(
+            {
+                "episode": self._progress.episodes - 1,
+                "eval/return": float(np.mean(returns)),
+                "eval/length": float(np.mean([len(rollout.episode) for rollout in rollouts])),
+                "returns": returns,
+            }
+        )
+        self.say(
+            f"evaluation after {self._progress.episodes} episodes: mean return "
+            f"{np.mean(returns):.1f} over {len(returns)}"
+        )
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._log.close()
+
+    def tick(self) -> None:
+        """Bring the seconds up to now."""
+        self._progress.seconds = time.monotonic() - self._begun
+
+
+def _memory() -> dict[str, float]:
+    """Memory that this process holds, and that it has held at most on the device, in GB."""
+    used = {}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        pages = int(statm.read_text().split()[1])
+        used["memory/host_gb"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        used["memory/device_gb"] = stats["peak_bytes_in_use"] / 1e9
+    return used
+
+
+def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over several updates, of those where it is finite."""
+    means = {}
+    for name in metrics[0]:
+        values = np.array([m[name] for m in metrics])
+        if np.isfinite(values).any():
+            means[name] = float(values[np.isfinite(values)].mean())
+    return means

@@ -1,0 +1,96 @@
+"""What a run puts on disk as it goes: its episodes, and a checkpoint now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.rollout import Rollout
+from valdi_jax.data.source import Progress
+from valdi_jax.run import checkpoint
+from valdi_jax.run.learner import Learner
+
+
+class Saver:
+    """Keeps a run resumable. Where the disk is full, the run goes on and the last checkpoint stays.
+
+    Args:
+        run_dir: directory of the run.
+        config: the run's configuration.
+        learner: the agent.
+        progress: the run's counters.
+        recovered: what the run goes on from.
+        say: called with a sentence where something cannot be written.
+
+    Attributes:
+        attempted: episodes when a checkpoint was last written, or could not be.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        learner: Learner,
+        progress: Progress,
+        recovered: checkpoint.Recovered,
+        *,
+        say: Callable[[str], None],
+    ):
+        self.run_dir = run_dir
+        self._config, self._learner, self._progress, self._say = config, learner, progress, say
+        self._digests = dict(recovered.digests)  # checksums of the replay's episodes on disk
+        self._unsaved: dict[int, Episode] = {}
+        found = recovered.checkpoint is not None
+        self._saved = dataclasses.replace(progress) if found else None
+        self.attempted = progress.episodes if found else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that the run has done is in its last checkpoint."""
+        return self._saved == self._progress
+
+    def add(self, numbers: Sequence[int], rollouts: Sequence[Rollout]) -> float:
+        """Write the episodes of a round, now or when there is room.
+
+        Returns: seconds that it took.
+        """
+        start = time.perf_counter()
+        self._unsaved |= {n: r.episode for n, r in zip(numbers, rollouts, strict=True)}
+        try:
+            self._save_episodes()
+        except OSError as error:
+            self._say(f"warning: cannot save an episode, will try again: {error.strerror}")
+        return time.perf_counter() - start
+
+    def save(self) -> None:
+        """Write a checkpoint and delete the episodes that left the replay."""
+        first = self._progress.episodes - self._config.replay.capacity
+        self.attempted = self._progress.episodes
+        try:
+            self._save_episodes()
+            self._digests = {n: digest for n, digest in self._digests.items() if n >= first}
+            checkpoint.save(
+                self.run_dir,
+                self._learner.state,
+                self._progress,
+                keep=self._config.checkpoint.keep,
+                replay=self._digests,
+            )
+        except OSError as error:
+            self._say(f"warning: cannot save a checkpoint: {error}; the last one stays")
+            return
+        self._saved = dataclasses.replace(self._progress)
+        oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self._config.replay.capacity
+        checkpoint.prune_episodes(self.run_dir, before=oldest)
+
+    def _save_episodes(self) -> None:
+        """Raises OSError if that fails; episodes that are not written stay to be written."""
+        while self._unsaved:
+            number = min(self._unsaved)
+            episode = self._unsaved[number]
+            self._digests[number] = checkpoint.save_episode(self.run_dir, number, episode)
+            del self._unsaved[number]

@@ -1,0 +1,181 @@
+"""One jitted update step: AgentState -> AgentState (paper, algorithm 1, lines 12 to 21)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from valdi_jax.config import Config
+from valdi_jax.data.replay import Segments
+from valdi_jax.data.store import Store, gather
+from valdi_jax.errors import UsageError
+from valdi_jax.losses import draw, objective
+from valdi_jax.model import init_params
+from valdi_jax.networks.normalizer import merge
+from valdi_jax.observation import Observation
+from valdi_jax.types import AgentState, Array, Batch, Draws, Params
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam behind a global-norm clip (paper, Table 3)."""
+    learn = config.learn
+    return optax.chain(
+        optax.clip_by_global_norm(learn.max_grad_norm),
+        optax.adam(learn.learning_rate, b1=learn.adam_b1, b2=learn.adam_b2),
+    )
+
+
+def init_state(key: Array, observation: Observation, *, config: Config) -> AgentState:
+    """A fresh agent.
+
+    Args:
+        key: PRNG key.
+        observation: one example, without a batch axis, that the encoder is built for.
+        config: the run's configuration.
+    """
+    params_key, key = jax.random.split(key)
+    params = init_params(params_key, observation, config=config)
+    return _first_state(params, key, config.graph)
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def _first_state(params: Params, key: Array, config: Config) -> AgentState:
+    return AgentState(
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        optimizer=make_optimizer(config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+
+
+def start_from(state: AgentState, params: Params) -> AgentState:
+    """A fresh agent that has these parameters, its moving average likewise."""
+    params, ema_params = (jax.tree.map(jnp.array, params) for _ in range(2))
+    return state.replace(params=params, ema_params=ema_params)
+
+
+def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
+    """Let new vector observations [n, size] enter the normalisation, if the agent has one."""
+    if "normalizer" not in state.params:
+        return state
+    before = state.params["normalizer"]
+    # Laid out as before, or the update would be compiled for another layout.
+    statistics = jax.device_put(merge(before, vectors), jax.tree.map(lambda x: x.sharding, before))
+    # The EMA's own copy, as both are donated to the update.
+    return state.replace(
+        params={**state.params, "normalizer": statistics},
+        ema_params={**state.ema_params, "normalizer": jax.tree.map(jnp.copy, statistics)},
+    )
+
+
+def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedSharding] | None:
+    """How to lay a state and a batch over several devices; ``None`` for one.
+
+    The state is on every device, the batch is split. The update needs no other change: its means,
+    those of SIGReg among them, stay means over the whole batch.
+
+    Raises:
+        UsageError: if there are fewer devices, or they cannot share the batch evenly.
+    """
+    if devices == 1:
+        return None
+    if devices > jax.device_count():
+        raise UsageError(f"--learn.devices is {devices}; there are {jax.device_count()}")
+    if batch_size % devices:
+        raise UsageError(
+            f"--learn.batch-size is {batch_size}; {devices} devices cannot share it evenly: "
+            "give another --learn.devices"
+        )
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def apply_update(
+    state: AgentState, batch: Batch, draws: Draws, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """`update` with its randomness given as data, neither jitted nor donating."""
+    grads, metrics = jax.grad(objective, has_aux=True)(
+        state.params, state.ema_params, batch, draws, config=config
+    )
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
+    metrics["grad/norm"] = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["grad/norm"])
+    metrics["update/refused"] = 1 - finite.astype(jnp.float32)
+    params, ema_params, optimizer = jax.tree.map(
+        functools.partial(jnp.where, finite),
+        (params, ema_params, optimizer),
+        (state.params, state.ema_params, state.optimizer),
+    )
+    state = state.replace(
+        params=params, ema_params=ema_params, optimizer=optimizer, step=state.step + 1
+    )
+    return state, metrics
+
+
+def update(
+    state: AgentState, batch: Batch, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """One optimizer step, then the EMA. The state given is donated: use the one returned.
+
+    An update whose loss or gradient is not finite changes nothing but the count of steps.
+
+    Returns:
+        The new state, and scalar metrics: every loss term, the gradient norm before clipping, the
+        mean value, the latents' standard deviation, and ``update/refused``, which is 1 where the
+        update was not finite.
+    """
+    return _jitted_update(state, batch, config=config.graph)
+
+
+def _update(
+    state: AgentState, batch: Batch, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    key = jax.random.fold_in(state.key, state.step)
+    draws = draw(key, batch.actions.shape[0], config=config)
+    return apply_update(state, batch, draws, config=config)
+
+
+_jitted_update = jax.jit(_update, static_argnames=("config",), donate_argnums=(0,))
+
+
+def update_from_store(
+    state: AgentState, store: Store, segments: Segments, count: Array | np.int32, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    """Several updates in one call, their batches gathered on the device.
+
+    Args:
+        state: the agent, donated: use the one returned.
+        store: the replay on the device.
+        segments: [K, B, ...] of K updates.
+        count: [] int32, how many of these to make, 1 .. K: one program serves all.
+        config: the run's configuration.
+
+    Returns: the new state, and the metrics of `update`, each [K]; 0 for updates not made.
+    """
+    return _update_from_store(state, store, segments, count, config=config.graph)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnums=(0,))
+def _update_from_store(
+    state: AgentState, store: Store, segments: Segments, count: Array, *, config: Config
+) -> tuple[AgentState, dict[str, Array]]:
+    def one(state: AgentState, segments: Segments) -> tuple[AgentState, dict[str, Array]]:
+        return _update(state, gather(store, segments), config=config)
+
+    def body(i: Array, carry: tuple[AgentState, dict[str, Array]]):
+        state, values = one(carry[0], jax.tree.map(lambda x: x[i], segments))
+        return state, jax.tree.map(lambda all, value: all.at[i].set(value), carry[1], values)
+
+    first = jax.tree.map(lambda x: x[0], segments)
+    shapes = jax.eval_shape(one, state, first)[1]
+    size = segments.slots.shape[0]
+    metrics = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, (state, metrics))

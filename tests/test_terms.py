@@ -1,0 +1,43 @@
+"""Every term of the objective moves the networks that it names, and no others."""
+
+import jax
+import numpy as np
+import pytest
+from test_update import EXAMPLE, configured, random_batch
+
+from valdi_jax.losses import TERMS, draw, objective
+from valdi_jax.updates import init_state
+
+
+def gradients(config):
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    draws = draw(jax.random.key(1), 8, config=config)
+
+    def loss(params):
+        return objective(params, state.ema_params, random_batch(), draws, config=config)[0]
+
+    return jax.grad(loss)(state.params)
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("dynamics", ["diffusion", "flow", "mlp"])
+def test_a_term_trains_what_it_names_and_nothing_else(name, dynamics):
+    for network, tree in gradients(configured(dynamics, terms=(name,))).items():
+        moved = any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+        assert moved == (network in TERMS[name].trains), network
+
+
+def test_a_term_that_does_not_train_the_encoder_sees_latents_without_gradient(monkeypatch):
+    reward = TERMS["reward"]._replace(trains=("reward",))
+    monkeypatch.setitem(TERMS, "reward", reward)
+    for network, tree in gradients(configured(terms=("reward",))).items():
+        moved = any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+        assert moved == (network == "reward"), network
+
+
+def test_the_order_of_terms_changes_no_draw():
+    plain = draw(jax.random.key(0), 4, config=configured())
+    turned = draw(
+        jax.random.key(0), 4, config=configured(terms=("value", "sigreg", "dynamics", "reward"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, turned)
