@@ -496,6 +496,13 @@ _READER = pydantic.TypeAdapter(Config)
 
 
 def added_since(data: dict[str, Any]) -> list[str]:
-    """Fields that a configuration, read from plain JSON data, has by default alone."""
-    given = dict(leaves(data))
-    return [name for name, _ in leaves(to_dict(from_dict(data))) if name not in given]
+    """Fields and sections that a configuration, read from plain JSON data, has by default alone."""
+
+    def absent(data: dict[str, Any], whole: dict[str, Any], path: str) -> Iterator[str]:
+        for name, value in whole.items():
+            if name not in data:
+                yield path + name
+            elif isinstance(value, dict):
+                yield from absent(data[name], value, f"{path}{name}.")
+
+    return list(absent(data, to_dict(from_dict(data)), ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +21,19 @@ def alpha_bars(timesteps: int) -> np.ndarray:
 
 def add_noise(clean: Array, noise: Array, alpha_bar: Array) -> Array:
     """Noised sample [...] from a clean one [...] and noise [...]; alpha_bar broadcasts to [...]."""
+    chex.assert_equal_shape([clean, noise])
     return jnp.sqrt(alpha_bar) * clean + jnp.sqrt(1 - alpha_bar) * noise
 
 
 def velocity_target(clean: Array, noise: Array, alpha_bar: Array) -> Array:
     """The velocity [...] that the network regresses (equation 7); shapes as in `add_noise`."""
+    chex.assert_equal_shape([clean, noise])
     return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * clean
 
 
 def denoise(noised: Array, velocity: Array, alpha_bar: Array) -> Array:
     """One-step estimate [...] of the clean sample (equation 1); shapes as in `add_noise`."""
+    chex.assert_equal_shape([noised, velocity])
     return jnp.sqrt(alpha_bar) * noised - jnp.sqrt(1 - alpha_bar) * velocity
 
 

@@ -83,6 +83,8 @@ def parameter_count(params: Params) -> int:
 
 def encode(params: Params, observation: Observation, *, config: Config) -> Array:
     """Latent [..., D] of an observation [..., ]."""
+    if observation.image is not None and observation.vector is not None:
+        chex.assert_shape(observation.vector, (*observation.image.shape[:-3], None))
     if "normalizer" in params:
         vector = normalize(params["normalizer"], observation.vector)
         observation = observation._replace(vector=vector)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -53,6 +54,7 @@ def cem(
     Raises:
         ValueError: if ``elites`` is not in 2 .. N.
     """
+    chex.assert_equal_shape([mean, std])
     if not 2 <= elites <= candidates:
         raise ValueError(f"elites is {elites}; it must be between 2 and candidates ({candidates})")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -26,6 +27,7 @@ def predicted_return(
         config: the run's configuration.
         steps: DDIM steps.
     """
+    chex.assert_shape(noise, (*actions.shape[:-1], z.shape[-1]))
     z = jnp.broadcast_to(z, (*actions.shape[:-2], z.shape[-1])).astype(actions.dtype)
     imagined = model.imagine(
         params["dynamics"], z, actions, noise, config=config.model, steps=steps

@@ -74,7 +74,7 @@ def train(
         if resume:
             new = checkpoint.options_since(run_dir)
             if new:
-                reporter.say(f"note: the run began before there was {', '.join(new)}: as it was")
+                reporter.say(f"note: at their defaults, as the run is older: {', '.join(new)}")
             checkpoint.save_config(run_dir, config)
         learner = Learner(state, source.example, config=config, run_dir=run_dir, say=reporter.say)
         for number in recovered.digests:
