@@ -1,7 +1,8 @@
-"""CarRacing steps a second of one process, beside the time that steps without frames take.
+"""CarRacing steps per second of one process, and the time of steps without frames.
 
-The rows drive the same tracks side by side, a chunk of three steps at a time, so that other work on
-the machine hits all alike. Each call measured is a chunk; the figures are per step.
+All rows take the same actions on the same tracks in turn, a chunk of three steps at a time, so that
+other load on the machine affects them equally. Each measured call is a chunk; the figures are per
+step.
 
 python benchmarks/env_hz.py --json env.json
 """
@@ -20,12 +21,12 @@ from gymnasium.envs.box2d.car_racing import CarRacing
 
 from valdi_jax.envs.carracing_render import FastCarRacing
 
-CHUNK = 3  # environment steps under one decision of the planner
+CHUNK = 3  # environment steps per decision of the planner
 EPISODE = 600
 
 
 def follow(env: CarRacing) -> np.ndarray:
-    """An action along the road: towards a point a few tiles ahead."""
+    """An action that follows the road, towards a point a few tiles ahead."""
     hull = env.car.hull
     track = np.array(env.track)[:, 2:]
     nearest = int(np.linalg.norm(track - hull.position, axis=1).argmin())
@@ -35,10 +36,10 @@ def follow(env: CarRacing) -> np.ndarray:
 
 
 def drive_chunk(env: CarRacing, drawn: range | list[int], action: np.ndarray) -> float:
-    """Wall seconds of a step in a chunk of which the steps given are drawn."""
+    """Wall seconds per step of a chunk in which only the given steps are drawn."""
     start = time.perf_counter()
     for step in range(CHUNK):
-        env.skip_frames = step not in drawn  # Gymnasium's own does not know of it
+        env.skip_frames = step not in drawn  # Gymnasium's own ignores it
         env.step(action)
     return (time.perf_counter() - start) / CHUNK
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="measured for each row")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # it names the machine, no more
+    jax.config.update("jax_platforms", "cpu")  # only used to name the machine
 
     everything = range(CHUNK)
     envs = {

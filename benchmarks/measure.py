@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the floor, the table and the JSON file."""
+"""Shared by the benchmarks: timing, the floor, the table and the JSON file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def example_observation(
 
 
 def time_calls(call: Callable[[], object], seconds: float, least: int = 5) -> np.ndarray:
-    """Wall seconds of each call, for about ``seconds``, the results waited for."""
+    """Wall seconds of each call, including its results, for about ``seconds``."""
     times = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
@@ -51,7 +51,7 @@ def time_calls(call: Callable[[], object], seconds: float, least: int = 5) -> np
 def alternate(
     one: Callable[[], object], other: Callable[[], object], seconds: float, least: int = 5
 ) -> np.ndarray:
-    """Wall seconds [calls, 2] of two calls made in turn for about ``seconds``, once compiled."""
+    """Wall seconds [calls, 2] of two alternating calls for about ``seconds``, once compiled."""
     for call in (one, other):
         jax.block_until_ready(call())
     pairs = []
@@ -74,13 +74,13 @@ def product_seconds(
 ) -> float:
     """Median seconds of one product [rows, inner] x [inner, columns] on this machine.
 
-    Products of this shape alternate with their transposes in one compiled loop, so that neither
-    dispatch nor anything elementwise is in the figure. It is measured for about ``seconds``.
+    Products of this shape alternate with their transposes in one compiled loop, so that the figure
+    includes no dispatch and no elementwise operations. It is measured for about ``seconds``.
     """
     there = jax.random.normal(jax.random.key(0), (inner, columns), dtype) * inner**-0.5
     back = jax.random.normal(jax.random.key(1), (columns, inner), dtype) * columns**-0.5
     x = jax.random.normal(jax.random.key(2), (rows, inner), dtype)
-    # Enough products for a few milliseconds at the least.
+    # Enough products for at least a few milliseconds.
     pairs = max(1, min(2000, int(5e9 / (4 * rows * inner * columns))))
 
     @jax.jit
@@ -92,17 +92,17 @@ def product_seconds(
 
 
 def floor_seconds(products: Products, seconds: float = 0.3, dtype: str = "float32") -> float:
-    """Seconds that matrix products take by themselves, each shape measured for ``seconds``."""
+    """Seconds of the matrix products alone, each shape measured for ``seconds``."""
     return sum(n * product_seconds(*shape, seconds, dtype) for shape, n in products.items())
 
 
 def mlp_products(rows: int, widths: list[int]) -> Products:
-    """Of a chain of linear layers."""
+    """Matrix products of a chain of linear layers."""
     return Counter({(rows, a, b): n for (a, b), n in Counter(itertools.pairwise(widths)).items()})
 
 
 def residual_products(rows: int, inputs: int, width: int, depth: int, outputs: int) -> Products:
-    """Of a residual MLP."""
+    """Matrix products of a residual MLP."""
     products = Counter({(rows, inputs, width): 1, (rows, width, outputs): 1})
     products[rows, width, 2 * width] += depth
     products[rows, 2 * width, width] += depth
@@ -110,7 +110,7 @@ def residual_products(rows: int, inputs: int, width: int, depth: int, outputs: i
 
 
 def dynamics_products(model: ModelConfig, batch: int) -> Products:
-    """Of one network evaluation for a batch of H-step trajectories."""
+    """Matrix products of one network evaluation for a batch of H-step trajectories."""
     chunk = model.chunk * model.action_dim
     if model.dynamics == "mlp":
         one = residual_products(
@@ -122,7 +122,7 @@ def dynamics_products(model: ModelConfig, batch: int) -> Products:
     tokens, answers = batch * (model.horizon + 1), batch * model.horizon
     products = Counter({(answers, width, model.latent_dim): 1})
     products[tokens, width, 3 * width] += depth
-    # The last block goes on without the condition token.
+    # The last block drops the condition token.
     for rows, times in ((tokens, depth - 1), (answers, 1)):
         for shape in ((rows, width, width), (rows, width, hidden), (rows, hidden, width)):
             products[shape] += times
@@ -130,7 +130,7 @@ def dynamics_products(model: ModelConfig, batch: int) -> Products:
 
 
 def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Products:
-    """Of the reward head and the value heads."""
+    """Matrix products of the reward head and the value heads."""
     inputs = model.latent_dim + model.chunk * model.action_dim
     products = residual_products(reward_rows, inputs, model.reward_width, model.reward_depth, 1)
     widths = [model.latent_dim, model.value_width, model.value_width, 1]
@@ -140,7 +140,7 @@ def heads_products(model: ModelConfig, reward_rows: int, value_rows: int) -> Pro
 
 
 def report(machine: str, rows: list[dict], path: Path | None) -> None:
-    """Print the table, and write it where asked."""
+    """Print the table, and write it to ``path`` if given."""
     print(f"\n{machine}")
     header = ("name", "per_second", "median_ms", "p99_ms", "floor_ms")
     print("{:<16}{:>12}{:>12}{:>12}{:>12}{:>12}".format(*header, "x floor"))
@@ -159,7 +159,7 @@ def row(
     seconds: float,
     dtype: str = "float32",
 ) -> dict:
-    """Measure one line of the report for about ``seconds``; compile time is printed apart."""
+    """Measure one row of the report for about ``seconds``; compile time is printed separately."""
     compiling = compile_seconds(call)
     times = time_calls(call, seconds)
     print(f"{name}: {len(times)} calls, compiled in {compiling:.1f} s", flush=True)

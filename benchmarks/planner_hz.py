@@ -1,10 +1,10 @@
-"""Plans a second, beside the time that the matrix products alone take.
+"""Plans per second, and the time of their matrix products alone.
 
 python benchmarks/planner_hz.py --json planner.json
 python benchmarks/planner_hz.py --batch 16 --precision bfloat16
 python benchmarks/planner_hz.py --devices 2
 
-Of a batch, the times are of a call that plans for all its observations at once.
+With --batch, the times are those of a call that plans for all observations at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS = ("diffusion/1", "diffusion/2", "diffusion/4", "diffusion/8", "mlp")  # mo
 def plan_products(config: Config, batch: int) -> measure.Products:
     """Matrix products of a batch of plans: dynamics and heads, over all CEM iterations.
 
-    The weights are the same for all observations, so that a batch is as many rows more.
+    All observations share the weights, so a batch only adds rows.
     """
     model, planner = config.model, config.planner
     steps = 1 if model.dynamics == "mlp" else planner.diffusion_steps
@@ -43,7 +43,7 @@ def plan_products(config: Config, batch: int) -> measure.Products:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def plan_all(params: Params, observations: Observation, keys: Array, *, config: Config) -> Array:
-    """Actions [B, H * C, A] for a batch of observations; one is planned for by itself."""
+    """Actions [B, H * C, A] for a batch of observations; a single one is not vmapped."""
     if keys.shape[0] == 1:
         one = jax.tree.map(lambda x: x[0], observations)
         return plan(params, one, keys[0], config=config).actions[None]

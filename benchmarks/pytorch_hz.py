@@ -1,11 +1,11 @@
-"""The plan and the update of the paper's sizes, in plain PyTorch and in this package.
+"""The plan and the update at the paper's sizes, in plain PyTorch and in this package.
 
 python benchmarks/pytorch_hz.py --seconds 60
 
-The same networks, candidates and passes, written as one would in eager PyTorch: library layers,
-fused attention, `torch.inference_mode`. Both are called in turn, so that a machine that drifts
-slows both, and the ratio is the median over the pairs. Their data is noise: nothing is learnt.
-Needs the extra ``torch``.
+The networks, candidates and passes are the same, in idiomatic eager PyTorch: library layers, fused
+attention, `torch.inference_mode`. The calls alternate, so that drift of the machine slows both, and
+the ratio is the median over the pairs. The data is noise: nothing is learnt. Needs the extra
+``torch``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class Agent(nn.Module):
-    """All networks, the diffusion world model among them."""
+    """All networks, including the diffusion world model."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -150,7 +150,8 @@ def plan(agent: Agent, config: Config, frame, vector):
         samples = mean + std * torch.randn(planner.candidates, *mean.shape)
         actions = torch.tanh(samples).view(planner.candidates, model.horizon, -1)
         noise = torch.randn(planner.candidates, model.horizon, model.latent_dim)
-        # At the last timestep the sample is all noise, and the clean estimate minus the velocity.
+        # At the last timestep the sample is pure noise, and the clean estimate is minus the
+        # velocity.
         imagined = -agent.denoise(z, actions, noise, last)
         states = torch.cat([z[:, None], imagined[:, :-1]], 1)
         rewards = agent.reward(torch.cat([states, actions], -1))[..., 0]

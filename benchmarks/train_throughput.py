@@ -1,8 +1,8 @@
-"""Episodes an hour of training, end to end, and the share of each stage.
+"""Episodes per hour of training, end to end, and the share of each stage.
 
-Runs of `valdi_jax.train` in a directory that is deleted afterwards, without patience or evaluation.
-The first rounds fill the replay and compile everything; the rest is measured. Episodes may be cut
-short (--steps): what is reported is for full ones, of as many steps as the preset's. Where driving
+Runs `valdi_jax.train` in a temporary directory, without patience or evaluation. The first rounds
+fill the replay buffer and compile everything; the rest are measured. Episodes may be shortened
+(--steps); the reported rates are for full ones, with the preset's number of steps. If collecting
 and learning overlap, so do their shares.
 
 python benchmarks/train_throughput.py --preset paper --json throughput.json
@@ -31,7 +31,7 @@ STAGES = ("plan", "env", "learn", "save")
 
 
 def variants(base: Config, names: list[str]) -> Iterator[tuple[str, Config]]:
-    """The configurations asked for, by the options that make them."""
+    """The requested configurations, by the options that make them."""
     changes = {
         "strict": {},
         "chunk": {"env": {"render_every": "chunk"}},
@@ -48,9 +48,9 @@ def variants(base: Config, names: list[str]) -> Iterator[tuple[str, Config]]:
 
 
 def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
-    """Train for some rounds after those that warm up; the figures are of these."""
+    """Train for some rounds after the warm-up; the figures are of these."""
     full = config.env.max_steps
-    # The update compiles in the second round, or in the third where it overlaps with driving.
+    # The update compiles in the second round, or in the third if it overlaps with collecting.
     warm_up = (3 if config.collect.overlap else 2) * config.collect.num_envs
     config = config.replace(
         env={"patience": 0, "max_steps": min(steps, full)},
@@ -67,7 +67,7 @@ def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
     before, after = records[warm_up - 1], records[-1]
     seconds = after["time/seconds"] - before["time/seconds"]
     measured = records[warm_up:]
-    # The environments of a group share its time, and one that ends early waits for the longest.
+    # The environments of a group share its time; one that ends early waits for the longest.
     rounds_of = [
         measured[first : first + config.collect.num_envs]
         for first in range(0, len(measured), config.collect.num_envs)
@@ -93,7 +93,7 @@ def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
         "updates": after["total/updates"] - before["total/updates"],
         "shares": shares,
         "host_gb": max(record["memory/host_gb"] for record in measured),
-        "device_gb": stats.get("peak_bytes_in_use", 0) / 1e9,  # of all rows so far
+        "device_gb": stats.get("peak_bytes_in_use", 0) / 1e9,  # over all rows so far
         "paper_hours": PAPER_EPISODES / per_hour,
     }
 

@@ -1,4 +1,4 @@
-"""Updates a second, beside the time that the matrix products alone take.
+"""Updates per second, and the time of their matrix products alone.
 
 python benchmarks/update_hz.py --json update.json
 """
@@ -21,7 +21,7 @@ ROWS = ("diffusion", "diffusion/ema", "mlp", "mlp/ema")  # ema: the encoder of t
 
 
 def encoder_products(config: Config, images: int) -> measure.Products:
-    """Matrix products of encoding images, a convolution counted as patches times kernel."""
+    """Matrix products of encoding images; a convolution counts as patches times kernel."""
     model = config.model
     products = Counter()
     size, channels = measure.image_side(config), 3

@@ -1,8 +1,8 @@
-"""Keep what the curves of a run need in a directory that is small enough to commit.
+"""Copy what a run's curves need into a directory small enough to commit.
 
 python experiments/keep_run.py RUN experiments/curves/NAME
 
-What is written can be given to learning_curves.py in place of the run.
+learning_curves.py takes the result in place of the run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python experiments/learning_curves.py diffusion=runs/a,runs/b,runs/c mlp=runs/d --out curves.png
 
-Runs joined by commas differ in their seeds: their mean is drawn, with the range from lowest to
+Runs joined by commas differ in their seeds; their mean is drawn, with the range from lowest to
 highest.
 """
 
@@ -19,14 +19,14 @@ from valdi_jax.run.log import read_jsonl
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last ``window`` values at each place, of fewer at the start."""
+    """Mean of the last ``window`` values at each position, of fewer at the start."""
     sums = np.cumsum(values)
     sums[window:] -= sums[:-window].copy()
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
 def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What a run's episodes are drawn against, and their smoothed metric."""
+    """The x axes of a run's episodes, and their smoothed metric."""
     records = [r for r in read_jsonl(directory / "metrics.jsonl") if metric in r]
     if not records:
         raise SystemExit(f"{directory} holds no episodes with {metric}")
@@ -56,7 +56,7 @@ def main() -> None:
             for name in directories.split(",")
         ]
         for panel, name in zip(panels, ("environment steps", "minutes"), strict=True):
-            # A common axis, as far as every one of the runs has come.
+            # A common axis, up to the end of the shortest run.
             start = max(axes[name][0] for axes, _ in runs)
             x = np.linspace(start, min(axes[name][-1] for axes, _ in runs), 200)
             curves = np.stack([np.interp(x, axes[name], values) for axes, values in runs])

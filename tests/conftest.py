@@ -1,4 +1,4 @@
-"""Shared fixtures: the reference numbers, and configurations small enough to test on."""
+"""Shared fixtures: the reference numbers, and small configurations."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PARITY = Path(__file__).parent / "parity"
 
 
 def pytest_configure(config):
-    """What the tests, two at a time, and the processes that they start have in common."""
+    """Settings shared by the parallel test processes and those that they start."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
-    # Arrays of unlike rank meet only where the code says how.
+    # Forbid implicit rank promotion.
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Most of their time would go into compiling what another test has compiled before.
+        # Otherwise most of the time goes into compiling what another test has compiled.
         directory = tempfile.mkdtemp(prefix="valdi-jax-tests-")
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
-    """Or a process that runs hundreds of tests exceeds its memory maps (65,530 on Linux), and dies.
+    """Keep a process that runs hundreds of tests below its limit of memory maps (65,530 on Linux).
 
     Each program compiled for a CPU holds several; 44,000 were counted near the end of a run.
     """
@@ -102,7 +102,7 @@ def parity(request) -> Parity:
     )
     with np.load(PARITY / f"official_{request.param}.npz", allow_pickle=False) as file:
         numbers = dict(file)
-    if request.param == "flow":  # what it shares with diffusion is stored once
+    if request.param == "flow":  # arrays shared with diffusion are stored once
         with np.load(PARITY / "official_diffusion.npz", allow_pickle=False) as file:
             numbers = dict(file) | numbers
     batch = Batch(

@@ -1,4 +1,4 @@
-"""What must hold on several devices; run by test_devices.py in a process that has eight."""
+"""Checks on several devices; test_devices.py runs them in a process that has eight."""
 
 import io
 import sys
@@ -46,12 +46,12 @@ def devices_share_the_candidates_of_a_plan():
             theirs = plan_batch(*one, **settings)
         for ours, other in zip(alone(*one)[:2], theirs[:2], strict=True):
             np.testing.assert_allclose(ours, other, atol=1e-5)
-        # Operations of each device: the encoder is not shared.
+        # Operations per device; the encoder is not shared.
         assert shared.cost_analysis()["flops"] < 0.5 * alone.cost_analysis()["flops"]
 
 
 def a_checkpoint_of_one_device_goes_on(directory, episodes):
-    # All devices learn, if asked to; parts of a CPU by themselves only plan.
+    # All devices learn if requested; by default, parts of a CPU only plan.
     for devices, sentence in ((8, "learning on 8"), (0, "learning on 1")):
         output = io.StringIO()
         config = CONFIG.replace(collect={"episodes": episodes}, learn={"devices": devices})

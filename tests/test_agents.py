@@ -96,7 +96,7 @@ def test_damage_is_found(exported, name, position, byte, cut):
         ({"a": np.ones(2, np.int8)}, "does not hold finite numbers"),
     ],
 )
-def test_tensors_that_are_no_agent_are_refused(exported, tensors, message):
+def test_tensors_that_are_not_an_agent_are_refused(exported, tensors, message):
     safetensors.numpy.save_file(tensors, exported / "model.safetensors")
     body = manifest.read_signed(exported / "config.json")
     body["tensors_sha256"] = manifest.file_digest(exported / "model.safetensors")
@@ -105,7 +105,7 @@ def test_tensors_that_are_no_agent_are_refused(exported, tensors, message):
         checkpoint.open_agent(exported).load(EXAMPLE)
 
 
-def test_an_agent_from_before_an_option_was_added_does_as_it_did(exported):
+def test_an_agent_older_than_an_option_behaves_as_before(exported):
     body = manifest.read_signed(exported / "config.json")
     del body["config"]["planner"]["warm_start"]
     manifest.write_signed(exported / "config.json", body)
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_exported_agent_is_described_and_is_no_run(exported, capsys):
+def test_an_exported_agent_is_described_and_is_not_a_run(exported, capsys):
     assert command.main([str(exported)]) == 0
     assert "episodes: 7\n" in capsys.readouterr().out
     with pytest.raises(UsageError, match="an agent, not a run: start one with --init-from"):
@@ -144,23 +144,23 @@ def test_an_exported_agent_is_described_and_is_no_run(exported, capsys):
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "no/where"])
-def test_a_path_that_leads_nowhere_is_one_sentence(name):
+def test_a_missing_path_raises_one_sentence(name):
     with pytest.raises(UsageError):
         checkpoint.open_agent(name)
 
 
 @pytest.mark.parametrize("directory", [".", "/"])
-def test_a_directory_that_is_there_is_refused(run, directory):
+def test_an_existing_directory_is_refused(run, directory):
     with pytest.raises(UsageError, match="exists already"):
         checkpoint.export(run, Path(directory))
 
 
-def test_nothing_is_written_over(run, exported):
+def test_nothing_is_overwritten(run, exported):
     with pytest.raises(UsageError, match="exists already"):
         command.main([str(run), "--export", str(exported)])
 
 
-def test_what_is_no_agent_is_named(tmp_path):
+def test_a_path_without_an_agent_is_named(tmp_path):
     with pytest.raises(UsageError, match="nowhere is not a run directory, nor an agent"):
         checkpoint.open_agent(tmp_path / "nowhere")
 
@@ -180,19 +180,19 @@ def test_a_run_starts_from_the_parameters_of_another(request, source, tmp_path, 
     assert after.step == 0
 
 
-def test_a_run_that_is_killed_at_once_keeps_them(run, tmp_path, state, monkeypatch):
+def test_a_run_killed_at_once_keeps_its_initial_parameters(run, tmp_path, state, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "lock", killed)  # the first that is done in a run
+        patch.setattr(checkpoint, "recover", killed)  # the first that is done in a run
         with pytest.raises(KeyboardInterrupt):
             go(tmp_path / "new", init_from=run)
     after = go(tmp_path / "new", resume=True)
     chex.assert_trees_all_equal(after.params["encoder"], state.params["encoder"])
 
 
-def test_a_directory_without_its_configuration_is_no_run(run, tmp_path, state, monkeypatch):
+def test_a_directory_without_its_configuration_is_not_a_run(run, tmp_path, state, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -206,19 +206,19 @@ def test_a_directory_without_its_configuration_is_no_run(run, tmp_path, state, m
     chex.assert_trees_all_equal(after.params["encoder"], state.params["encoder"])
 
 
-def test_a_run_is_resumed_or_begun(run):
+def test_resume_and_init_from_exclude_each_other(run):
     with pytest.raises(UsageError, match="init_from is for a new one"):
         go(run, init_from=run, resume=True)
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_made(run, tmp_path):
+def test_a_parameter_that_does_not_fit_is_named_and_nothing_is_made(run, tmp_path):
     wider = NORMALIZED.replace(model={"value_width": 64})
     with pytest.raises(UsageError, match=r"value/head_0/linear_0/dense/bias is \(32,\) there"):
         go(tmp_path / "new", wider, init_from=run)
     assert not (tmp_path / "new").exists()
 
 
-def test_its_settings_come_along_unless_a_preset_is_given(run):
+def test_init_from_brings_its_settings_unless_a_preset_is_given(run):
     arguments = parse_arguments(["--init-from", str(run), "--seed", "3"])
     assert arguments.config == dataclasses.replace(NORMALIZED, seed=3)
     arguments = parse_arguments(["--init-from", str(run), "--preset", "cpu"])
@@ -227,7 +227,7 @@ def test_its_settings_come_along_unless_a_preset_is_given(run):
         parse_arguments(["--init-from", str(run), "--resume", str(run)])
 
 
-def test_the_agents_in_the_package_are_whole_and_small():
+def test_the_bundled_agents_are_intact_and_small():
     size = 0
     assert {"carracing", "carracing-mlp"} <= set(agents.packaged())
     for name in agents.packaged():
@@ -238,7 +238,7 @@ def test_the_agents_in_the_package_are_whole_and_small():
     assert size < 20e6
 
 
-def test_an_exported_agent_drives_like_its_run(tmp_path):
+def test_an_exported_agent_acts_like_its_run(tmp_path):
     config = PRESETS["tiny"]
     example = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
     state = init_state(jax.random.key(0), example, config=config)

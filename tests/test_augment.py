@@ -46,7 +46,7 @@ def test_a_mirrored_segment_by_hand():
     jax.tree.map(np.testing.assert_array_equal, mirror(mirrored), batch)
 
 
-def test_the_wheels_that_are_exchanged_are_opposite():
+def test_the_swapped_wheels_are_opposite():
     wheels = np.array(WHEELPOS)  # across, along; the ABS sensors come in this order
     np.testing.assert_allclose(wheels[[1, 0, 3, 2]], wheels * [-1, 1])
 
@@ -57,7 +57,7 @@ def test_a_shift_by_hand():
     np.testing.assert_array_equal(moved, [[1, 2, 2], [1, 2, 2], [4, 5, 5]])
 
 
-def test_all_frames_of_a_segment_are_changed_alike_and_the_others_not_at_all():
+def test_frames_of_a_segment_change_alike_and_other_segments_do_not():
     batch = random_batch()
     changed = augment(
         batch,
@@ -80,7 +80,7 @@ def test_only_carracing_can_be_mirrored():
         mirror(blind)
 
 
-def test_the_objective_is_that_of_the_changed_segments():
+def test_the_objective_is_that_of_the_augmented_segments():
     config = PRESETS["tiny"]
     batch = random_batch(side=96)
     params, ema_params = (
@@ -98,17 +98,17 @@ def test_the_objective_is_that_of_the_changed_segments():
     assert abs(float(asked - unchanged)) > 1e-4
 
 
-def test_nothing_is_changed_unless_asked_for():
+def test_augmentations_are_off_by_default():
     batch = random_batch()
     assert augment(batch, draws()) is batch
 
 
 @pytest.mark.parametrize("changes", [{"mirror": True}, {"random_shift": 4}])
-def test_what_else_is_drawn_stays_the_same(changes):
+def test_other_draws_stay_the_same(changes):
     key = jax.random.key(3)
     plain = draw(key, 400, config=CONFIG)
     drawn = draw(key, 400, config=CONFIG.replace(learn=changes))
-    noise_key, timestep_key, _ = jax.random.split(key, 3)  # as before there were other draws
+    noise_key, timestep_key, _ = jax.random.split(key, 3)  # as without other draws
     model = CONFIG.model
     noise = jax.random.normal(noise_key, (400, model.horizon, model.latent_dim))
     np.testing.assert_array_equal(drawn["dynamics"].noise, noise)

@@ -9,7 +9,7 @@ from valdi_jax.envs.carracing_render import FastCarRacing
 
 
 def chase(env, step):
-    """Along the road: towards a point a few tiles ahead."""
+    """Follow the road, towards a point a few tiles ahead."""
     hull = env.car.hull
     track = np.array(env.track)[:, 2:]
     nearest = int(np.linalg.norm(track - hull.position, axis=1).argmin())
@@ -24,18 +24,18 @@ def leave(env, step):
 
 
 def spin(env, step):
-    """Full throttle with the wheel turned, the wheel turned over now and then."""
+    """Full throttle with the wheel turned, to the other side now and then."""
     return [1 if step % 160 < 110 else -1, 1, 0]
 
 
 def skid(env, step):
-    """Along the road at speed, with blocked wheels every second."""
+    """Follow the road at speed, with blocked wheels every second."""
     steer, _, _ = chase(env, step)
     return [steer, 0.8, 1.0 * (step % 50 > 35)]
 
 
 def wander(env, step):
-    """Other actions every ten steps, those out of range included."""
+    """Random actions, new every ten steps, some out of range."""
     rng = np.random.default_rng([env.np_random_seed, step // 10])
     return rng.uniform([-1, -1, -1], [1, 1, 0.3])
 
@@ -48,7 +48,7 @@ def pair(**settings):
 
 
 def compare(seed, policy, steps, **settings):
-    """Drive both side by side; whether any step was terminal, and the score."""
+    """Step both side by side; returns whether any step was terminal, and the score."""
     reference, fast = pair(**settings)
     expected, _ = reference.reset(seed=seed)
     np.testing.assert_array_equal(fast.reset(seed=seed)[0], expected)
@@ -69,18 +69,18 @@ def compare(seed, policy, steps, **settings):
     ("seed", "policy", "steps"),
     [(0, chase, 200), (1, spin, 200), (2, skid, 150), (3, wander, 120)],
 )
-def test_a_rollout_is_gymnasiums_pixel_for_pixel(seed, policy, steps):
+def test_a_rollout_matches_gymnasium_pixel_for_pixel(seed, policy, steps):
     compare(seed, policy, steps)
 
 
-def test_so_is_one_out_of_the_playfield():
+def test_a_rollout_out_of_the_playfield_matches_gymnasium():
     ended, _ = compare(6, leave, 190)
     assert ended
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
-def test_whole_episodes_are_gymnasiums_pixel_for_pixel(policy):
+def test_whole_episodes_match_gymnasium_pixel_for_pixel(policy):
     for seed in range(100, 108):
         _, score = compare(seed, policy, 600)
         assert policy is not chase or score > 300, "a policy along the road must see much of it"
@@ -98,7 +98,7 @@ def place(env, rng_seed):
     anywhere = rng.uniform(-420, 420, 2)
     edge = np.where(rng.random(2) < 0.5, 1, -1) * rng.uniform(270, 345, 2)
     hull.position = tuple(float(c) for c in (near, anywhere, edge)[rng.integers(3)])
-    # Vector2 turns by multiples of a right angle in a way of its own.
+    # Vector2 handles rotations by multiples of a right angle separately.
     hull.angle = float(rng.choice([rng.uniform(-20, 20), rng.integers(-8, 8) * math.pi / 2]))
     hull.linearVelocity = tuple(rng.normal(0, 1, 2) * rng.choice([0.0, 1e-5, 20.0, 150.0]))
     hull.angularVelocity = float(rng.normal(0, 5))
@@ -127,17 +127,17 @@ def compare_places(seed, places):
     assert 0 < overflows < len(places) / 2, "high meters must occur, and not always"
 
 
-def test_any_place_angle_zoom_and_needle_is_drawn_as_gymnasium_does():
+def test_any_place_angle_zoom_and_needle_matches_gymnasium():
     compare_places(6, range(200))
 
 
 @pytest.mark.slow
-def test_so_are_many_more():
+def test_many_more_places_match_gymnasium():
     for seed in range(7, 12):
         compare_places(seed, range(1000 * seed, 1000 * seed + 3000))
 
 
-def test_a_car_beyond_the_range_of_pixel_coordinates_is_drawn_as_gymnasium_does():
+def test_a_car_beyond_the_range_of_pixel_coordinates_matches_gymnasium():
     reference, fast = pair()
     for env in (reference, fast):
         env.reset(seed=0)
@@ -150,7 +150,7 @@ def test_a_car_beyond_the_range_of_pixel_coordinates_is_drawn_as_gymnasium_does(
         )
 
 
-def test_videos_are_the_parents():
+def test_videos_match_the_parents():
     reference, fast = pair(render_mode="rgb_array")
     for env in (reference, fast):
         env.reset(seed=8)
@@ -176,7 +176,7 @@ def test_a_window_may_be_opened_and_closed(monkeypatch):
         np.testing.assert_array_equal(fast.step(action)[0], expected)
 
 
-def test_skipping_frames_leaves_everything_else_as_it_was():
+def test_skipping_frames_changes_nothing_else():
     reference, fast = pair()
     fast.skip_frames = True
     reference.reset(seed=10)
@@ -198,7 +198,7 @@ def test_nothing_is_drawn_before_the_first_reset():
     assert FastCarRacing(render_mode="state_pixels").render() is None
 
 
-def test_a_copy_starts_anew():
+def test_a_copy_can_be_reset():
     _, fast = pair()
     first, _ = fast.reset(seed=11)
     np.testing.assert_array_equal(copy.deepcopy(fast).reset(seed=11)[0], first)

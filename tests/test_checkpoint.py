@@ -56,7 +56,7 @@ def test_only_the_newest_checkpoints_are_kept(run, state):
     assert checkpoint.latest(run).name == "00000003"
 
 
-def test_an_unfinished_checkpoint_does_not_count_and_is_swept_away(run, state):
+def test_an_unfinished_checkpoint_is_ignored_and_deleted(run, state):
     checkpoint.save(run, state, Progress(episodes=1), keep=2, replay={})
     (run / "checkpoints" / "partial-00000002").mkdir()
     assert checkpoint.latest(run).name == "00000001"
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(run, state):
             checkpoint.load_params(path, EXAMPLE, other)
 
 
-def test_a_directory_that_is_no_run_is_refused(tmp_path):
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is not a run directory"):
         checkpoint.load_config(tmp_path)
 
@@ -141,8 +141,9 @@ def test_a_configuration_file_is_read_strictly(run, edit, message):
         checkpoint.load_config(run)
 
 
-def test_a_run_of_before_an_option_was_there_does_as_it_did(run):
+def test_a_run_older_than_an_option_behaves_as_before(run):
     data = to_dict(CONFIG)
+    (run / "run.json").unlink()
     del data["learn"]["td_lambda"], data["planner"]["kind"], data["planner"]["icem"]
     (run / "config.json").write_text(json.dumps(data))
     assert checkpoint.load_config(run) == CONFIG
@@ -189,7 +190,7 @@ def test_an_episode_of_another_environment_is_refused(run):
             checkpoint.load_episode(run, 3, example, config)
 
 
-def test_a_header_that_promises_more_than_there_is_is_refused_before_it_is_allocated(run):
+def test_a_header_larger_than_its_data_is_refused_before_allocation(run):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
@@ -242,7 +243,7 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-def test_a_whole_run_goes_on_from_its_newest_checkpoint(driven):
+def test_an_intact_run_resumes_from_its_newest_checkpoint(driven):
     used, digests, sentences = checkpoint.recover(driven)
     assert used.name == "00000003"
     assert list(digests) == [0, 1, 2]
@@ -250,7 +251,7 @@ def test_a_whole_run_goes_on_from_its_newest_checkpoint(driven):
     assert command.main([str(driven)]) == 0
 
 
-def test_a_checkpoint_that_a_kill_left_half_replaced_is_not_lost(driven):
+def test_a_checkpoint_half_replaced_by_a_kill_is_not_lost(driven):
     newest = driven / "checkpoints" / "00000003"
     newest.rename(newest.with_name("replaced-00000003"))
     shutil.copytree(newest.with_name("replaced-00000003"), newest.with_name("partial-00000003"))
@@ -275,8 +276,8 @@ def test_damage_to_any_file_of_a_checkpoint_is_found_by_name(driven):
             if intact or damage == "missing":
                 assert any(str(path) in sentence for sentence in checkpoint.verify(newest)), path
             path.write_bytes(intact)
-    (newest / "params" / "more").write_text("")
-    assert checkpoint.verify(newest) == [f"{newest}/params/more does not belong there"]
+    (newest / "params" / ".DS_Store").write_text("")
+    assert checkpoint.verify(newest) == [], "what others leave there is no damage"
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(driven, capsys):
@@ -302,7 +303,7 @@ def test_a_damaged_episode_is_set_aside_for_a_checkpoint_without_it(driven):
     assert (driven / "replay" / "damaged-00000002.npz").is_file()
 
 
-def test_an_episode_that_every_checkpoint_needs_is_left_out_and_said_so(driven):
+def test_an_episode_that_every_checkpoint_needs_is_left_out_and_reported(driven):
     (driven / "replay/00000000.npz").unlink()
     used, digests, sentences = checkpoint.recover(driven)
     assert used.name == "00000003"
@@ -311,7 +312,7 @@ def test_an_episode_that_every_checkpoint_needs_is_left_out_and_said_so(driven):
     assert "going on without 1 damaged episodes" in sentences
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused(driven):
+def test_a_run_without_an_intact_checkpoint_is_refused(driven):
     for number in (2, 3):
         (driven / f"checkpoints/{number:08d}/manifest.json").write_text("{}")
     with pytest.raises(UsageError, match=r"no checkpoint of .* is whole"):

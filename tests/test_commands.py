@@ -1,4 +1,4 @@
-"""The commands and benchmarks as a user starts them."""
+"""The commands and benchmarks, started as a user does."""
 
 import json
 import subprocess

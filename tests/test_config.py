@@ -166,7 +166,7 @@ def test_values_out_of_range_are_named(section, change, message):
         validate(PRESETS["paper"].replace(**{section: change}))
 
 
-def test_a_configuration_is_checked_strictly_where_it_is_made():
+def test_a_configuration_is_checked_strictly_on_construction():
     for wrong in ({"batch_size": 8.0}, {"batch_size": "8"}, {"mirror": 1}, {"terms": ["value"]}):
         with pytest.raises(UsageError, match=f"--learn.{next(iter(wrong)).replace('_', '-')} is"):
             PRESETS["paper"].replace(learn=wrong)
@@ -174,7 +174,7 @@ def test_a_configuration_is_checked_strictly_where_it_is_made():
         PRESETS["paper"].replace(learn={"batchsize": 8})
 
 
-def test_only_what_shapes_a_graph_tells_graphs_apart():
+def test_only_fields_that_affect_compilation_distinguish_graphs():
     paper = PRESETS["paper"]
     for same in ({"eval": {"every": 1}}, {"env": {"patience": 9}}, {"learn": {"devices": 2}}):
         assert paper.replace(**same).graph == paper.graph
@@ -190,17 +190,17 @@ def test_only_what_shapes_a_graph_tells_graphs_apart():
 @pytest.mark.parametrize(
     "change", [{"env": {"downsample": 2}}, {"learn": {"mirror": True}}], ids=["frames", "mirror"]
 )
-def test_what_is_carracings_alone_is_refused_elsewhere(change):
+def test_carracings_options_are_refused_elsewhere(change):
     with pytest.raises(UsageError, match="is for carracing alone, not for pendulum"):
         validate(PRESETS["pendulum"].replace(**change))
 
 
-def test_the_width_of_a_transformer_that_there_is_not_does_not_matter():
+def test_the_transformer_width_is_not_checked_for_the_mlp():
     narrow = PRESETS["paper"].replace(model={"transformer_width": 32})
     validate(narrow.replace(model={"dynamics": "mlp"}))
 
 
-def test_what_an_action_needs_is_checked_with_the_environments_own(tmp_path):
+def test_the_token_size_is_checked_with_the_environments_action_size(tmp_path):
     # With the three numbers of CarRacing's actions, chunks of 8 would not fit a token.
     config = CONFIG.replace(model={"chunk": 8, "transformer_width": 34}, env={"max_steps": 60})
     with pytest.raises(UsageError, match="must be at least 49"):

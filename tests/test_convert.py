@@ -19,7 +19,7 @@ def test_a_missing_tensor_is_named(tensors):
         params_from_reference(tensors, PAPER)
 
 
-def test_a_tensor_too_many_is_named(tensors):
+def test_an_unknown_tensor_is_named(tensors):
     tensors["policy.weight"] = np.zeros(3)
     with pytest.raises(ValueError, match=r"'policy\.weight'"):
         params_from_reference(tensors, PAPER)

@@ -43,7 +43,7 @@ class Malicious:
         ({"model": {}, "cfg": {}}, "tensors are missing"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, capsys, content, message):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(UsageError, match=message):
         convert.main([str(tmp_path / "file.pth"), str(tmp_path / "run")])
@@ -51,7 +51,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys, content, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_is_not_of_torch_is_refused(tmp_path):
+def test_a_file_not_written_by_torch_is_refused(tmp_path):
     (tmp_path / "file.pth").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="not a checkpoint of tensors and plain data"):
         convert.main([str(tmp_path / "file.pth"), str(tmp_path / "run")])

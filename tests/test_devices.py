@@ -24,7 +24,7 @@ def run(directory, episodes, resume=False):
     )
 
 
-def test_eight_devices_learn_as_one_does_and_share_its_checkpoints(tmp_path):
+def test_eight_devices_learn_like_one_and_share_its_checkpoints(tmp_path):
     run(tmp_path / "run", 3)
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
@@ -38,7 +38,7 @@ def test_eight_devices_learn_as_one_does_and_share_its_checkpoints(tmp_path):
     assert int(run(tmp_path / "run", 6, resume=True).step) == 12  # and back on one device
 
 
-def test_of_several_accelerators_as_many_learn_as_can_split_the_batch(monkeypatch):
+def test_as_many_accelerators_learn_as_split_the_batch(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     assert sharing(CONFIG) == 1, "of a CPU's"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -45,6 +45,6 @@ def test_ddim_with_a_perfect_model_reaches_the_clean_sample(steps):
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
-def test_ddim_refuses_a_number_of_steps_that_the_schedule_lacks(steps):
+def test_ddim_refuses_steps_outside_the_schedule(steps):
     with pytest.raises(ValueError, match="between 1 and 1000"):
         diffusion.ddim_timesteps(steps, 1000)

@@ -34,7 +34,7 @@ def test_the_bar_is_blacked_out_and_nothing_else(frames):
         np.testing.assert_array_equal(mask_bar(raw), expected)
 
 
-def test_a_frame_can_be_made_smaller_after_its_bar_is_read():
+def test_a_frame_can_be_downsampled_after_its_bar_is_read():
     small = make_env(EnvConfig(name="carracing", downsample=2), training=True)
     whole = make_env(EnvConfig(name="carracing"), training=True)
     (one, _), (other, _) = small.reset(seed=1), whole.reset(seed=1)
@@ -43,11 +43,11 @@ def test_a_frame_can_be_made_smaller_after_its_bar_is_read():
     block = other["image"][20:22, 30:32].reshape(4, 3).astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(one["image"][10, 15], block, atol=0.5)
     assert one["image"].dtype == np.uint8
-    # Not so dark as rounding down would make it.
+    # Rounding down would make it darker.
     assert one["image"].mean() == pytest.approx(other["image"].mean(), abs=0.1)
 
 
-def test_a_drive_is_reproduced_frame_by_frame(frames):
+def test_a_rollout_is_reproduced_frame_by_frame(frames):
     env = make_carracing(max_steps=600)
     env.reset(seed=int(frames["seed"]))
     after = {int(step): i for i, step in enumerate(frames["step"])}
@@ -99,12 +99,12 @@ def test_only_a_hundred_evaluation_episodes_exist(count):
         evaluation_seeds(count)
 
 
-def test_an_environment_of_a_factory_is_said_to_be_one():
+def test_an_environment_from_a_factory_needs_that_factory():
     with pytest.raises(UsageError, match="a program of your own makes"):
         make_env(EnvConfig(name="gym"), training=True)
 
 
-def test_an_unknown_environment_is_answered_with_the_nearest():
+def test_an_unknown_environment_suggests_the_nearest():
     with pytest.raises(UsageError, match=r"unknown environment 'carrcing'.*'carracing'"):
         make_env(EnvConfig(name="carrcing"), training=True)
 
@@ -134,7 +134,7 @@ def test_gymnasiums_continuous_tasks_have_names(name, vector, actions):
     stepper.close()
 
 
-def test_mujocos_tasks_are_served_where_it_is_installed(tmp_path, monkeypatch):
+def test_mujocos_tasks_work_if_it_is_installed(tmp_path, monkeypatch):
     pytest.importorskip("mujoco")
     monkeypatch.chdir(tmp_path)  # it writes a log where it runs
     stepper = Stepper(
@@ -148,7 +148,7 @@ def test_mujocos_tasks_are_served_where_it_is_installed(tmp_path, monkeypatch):
     assert not steps.terminated
 
 
-def test_an_episode_ends_at_the_limit_given_or_else_at_the_environments_own():
+def test_an_episode_ends_at_the_given_limit_or_the_environments_own():
     for limit, steps in ((7, 7), (0, 200)):
         stepper = Stepper(
             functools.partial(make_env, EnvConfig(name="pendulum", max_steps=limit), training=True)
@@ -170,7 +170,7 @@ def test_an_episode_ends_at_the_limit_given_or_else_at_the_environments_own():
         ("gym:FrozenLake-v1", "of the kind Discrete, not an array"),
     ],
 )
-def test_an_environment_that_cannot_serve_is_refused_in_one_sentence(name, message):
+def test_an_unsupported_environment_is_refused_in_one_sentence(name, message):
     if "ValdiEndless-v0" not in gym.registry:
         gym.register("ValdiEndless-v0", Counting)
     with pytest.raises(UsageError, match=message) as caught:
@@ -179,7 +179,7 @@ def test_an_environment_that_cannot_serve_is_refused_in_one_sentence(name, messa
 
 
 class Rewards(gym.Env):
-    """Pays the rewards given, in turn."""
+    """Returns the given rewards in turn."""
 
     observation_space = gym.spaces.Dict()
     action_space = gym.spaces.Box(-1, 1, (1,))
@@ -197,7 +197,7 @@ class Rewards(gym.Env):
 
 def test_patience_truncates_after_steps_in_a_row_without_reward():
     env = Patience(Rewards([-1, 1, -1, -1, 1, -1, -1, 0]), patience=3)
-    for _ in range(2):  # the count starts anew with the episode
+    for _ in range(2):  # the count restarts with the episode
         env.reset()
         assert [env.step(None)[3] for _ in range(8)] == [False] * 7 + [True]
 
@@ -225,7 +225,7 @@ def test_patience_counts_holds():
     assert [env.step(None)[3] for _ in range(3)] == [False, False, True]
 
 
-def test_held_actions_of_carracing_leave_frames_to_be_skipped():
+def test_held_actions_of_carracing_skip_frames():
     env, drawn = (make_env(EnvConfig(action_repeat=r), training=True) for r in (2, 1))
     env.reset(seed=0)
     drawn.reset(seed=0)
@@ -261,7 +261,7 @@ def test_a_score_counts_every_frame_terminal_or_not():
         assert [s[3] for s in steps] == [False] * 4 + [True]
 
 
-def test_only_scoring_drives_through_terminals():
+def test_only_evaluation_continues_through_terminals():
     for training in (True, False):
         env, wrappers = make_env(EnvConfig(patience=5), training=training), []
         while isinstance(env, gym.Wrapper):
@@ -293,7 +293,7 @@ def step(pool, actions):
     return pool.receive(actions)
 
 
-def test_worker_processes_answer_as_a_local_environment_does():
+def test_worker_processes_answer_like_a_local_environment():
     actions = np.zeros((3, 3), np.float32)
     pool = workers(functools.partial(Counting, length=5), 2)
     try:
@@ -357,7 +357,7 @@ def test_a_worker_that_hangs_is_replaced():
         pool.close()
 
 
-def test_a_worker_that_is_lost_again_and_again_is_given_up():
+def test_a_worker_that_is_lost_repeatedly_is_given_up():
     pool = workers(functools.partial(os._exit, 9), 1)
     try:
         assert pool.reset({0: 1}) == pool.reset({0: 1}) == {}
@@ -368,7 +368,7 @@ def test_a_worker_that_is_lost_again_and_again_is_given_up():
 
 
 @pytest.mark.parametrize("where", ["here", "in workers"])
-def test_of_a_chunk_only_the_last_observation_may_be_kept(where):
+def test_only_the_last_observation_of_a_chunk_may_be_kept(where):
     factory = functools.partial(Counting, length=5)
     pool = (
         LocalPool(factory, last_only=True)
@@ -385,7 +385,7 @@ def test_of_a_chunk_only_the_last_observation_may_be_kept(where):
         pool.close()
 
 
-def test_observations_of_workers_are_not_written_over():
+def test_observations_of_workers_are_not_overwritten():
     pool = workers(Counting, 1)
     try:
         first = pool.reset({0: 1})[0]
@@ -398,7 +398,7 @@ def test_observations_of_workers_are_not_written_over():
 
 
 @pytest.mark.parametrize("max_steps", [8, 9])
-def test_frames_that_are_skipped_do_not_change_those_that_are_drawn(max_steps):
+def test_skipped_frames_do_not_change_drawn_ones(max_steps):
     rng = np.random.default_rng(0)
     whole, last = (
         Stepper(functools.partial(make_carracing, max_steps=max_steps), last_only=last_only)

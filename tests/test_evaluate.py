@@ -48,13 +48,13 @@ def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsy
     assert f"{results[0]['mean']:.1f}" in capsys.readouterr().out
 
 
-def test_an_earlier_checkpoint_can_be_driven(run, capsys):
+def test_an_earlier_checkpoint_can_be_evaluated(run, capsys):
     path = run / "checkpoints" / "00000000"
     assert evaluate.main([str(path), "--episodes", "1"]) == 0
     assert f"{path}, 1 episodes" in capsys.readouterr().out
 
 
-def test_the_same_parameters_drive_the_same_way(run, tmp_path):
+def test_the_same_parameters_act_the_same_way(run, tmp_path):
     returns = []
     for name in ("one.json", "two.json"):
         evaluate.main([str(run), "--episodes", "1", "--json", str(tmp_path / name)])
@@ -64,7 +64,7 @@ def test_the_same_parameters_drive_the_same_way(run, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-def test_a_drive_can_be_recorded(run, tmp_path, suffix):
+def test_a_rollout_can_be_recorded(run, tmp_path, suffix):
     import imageio.v3 as imageio
 
     path = tmp_path / f"drive{suffix}"

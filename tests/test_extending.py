@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, as a third party writes them: in files outside the package."""
+"""The examples of docs/extending.md, in files outside the package, as users write them."""
 
 import os
 import re

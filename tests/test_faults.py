@@ -1,4 +1,4 @@
-"""A run is killed without warning, and goes on as if it had not been."""
+"""A run that is killed without warning resumes as if it had not been."""
 
 import json
 import subprocess
@@ -28,14 +28,14 @@ def finish(directory):
 
 
 def content(directory):
-    """What the last checkpoint holds, all of it, as one checksum."""
+    """Checksum of the whole content of the last checkpoint."""
     newest = checkpoint.latest(directory)
     assert checkpoint.verify(newest) == []
     return json.loads((newest / "manifest.json").read_text())["content"]
 
 
 def metrics(directory):
-    """Everything that was logged but times and memory."""
+    """Everything that was logged except times and memory."""
     return [
         {name: value for name, value in record.items() if not name.startswith(("time/", "memory/"))}
         for record in read_jsonl(directory / "metrics.jsonl")
@@ -50,14 +50,14 @@ def straight(tmp_path_factory):
 
 
 def saved_episodes(directory):
-    """Episodes that the newest checkpoint has, 0 without any."""
+    """Episodes in the newest checkpoint, 0 without one."""
     return max([int(path.name) for path in checkpoint.checkpoints(directory)], default=0)
 
 
 def kill_at_random_moments(directory, rng, kills):
-    """Start the run over and over, each time killing it at some moment of its work.
+    """Start the run repeatedly, and kill it each time at some moment.
 
-    Returns: the episodes that were saved by each kill, fewer if the run came to its end.
+    Returns: the episodes saved at each kill; fewer kills if the run finished.
     """
     saved = []
     for _ in range(kills):
@@ -66,7 +66,7 @@ def kill_at_random_moments(directory, rng, kills):
         while process.poll() is None and saved_episodes(directory) < goal:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))  # an episode or two, each with a checkpoint
-        if process.poll() is not None:  # at its end, which is no kill
+        if process.poll() is not None:  # finished, which is not a kill
             assert process.returncode == 0
             break
         process.kill()
@@ -84,12 +84,12 @@ def kill_at_random_moments(directory, rng, kills):
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_path, kills):
     rng = np.random.default_rng(kills)
     saved = []
-    while len(saved) < kills:  # five a run at most: each time some of its episodes are driven
+    while len(saved) < kills:  # at most five per run, each after some of its episodes
         directory = tmp_path / f"run-after-{len(saved)}"
         saved += kill_at_random_moments(directory, rng, min(kills - len(saved), 5))
         finish(directory)
         assert content(directory) == content(straight)
         assert metrics(directory) == metrics(straight)
-    if kills == 50:  # the moments that matter were among them: the ring full, its order by number
+    if kills == 50:  # they include the full ring, its order by number
         assert any(10 < episodes < 15 for episodes in saved), saved
         assert any(episodes > 15 for episodes in saved), saved

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it gives what was written or one clear error."""
+"""Reading any file gives what was written or one clear error."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_a_damaged_episode_is_never_another_one(tmp_path, position, byte, cut):
 
 @FUZZ
 @given(content=st.binary(max_size=300))
-def test_bytes_that_are_no_episode_are_refused(tmp_path, content):
+def test_bytes_that_are_not_an_episode_are_refused(tmp_path, content):
     (tmp_path / "replay").mkdir(exist_ok=True)
     (tmp_path / "replay" / "00000003.npz").write_bytes(content)
     try:

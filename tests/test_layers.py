@@ -22,9 +22,7 @@ from valdi_jax.networks.layers import convolve
         ((2, 4, 4, 3), 4, 1, 1, None),
     ],
 )
-def test_a_convolution_is_that_of_jax_and_so_is_its_gradient(
-    shape, kernel, stride, pad, form, monkeypatch
-):
+def test_a_convolution_and_its_gradient_match_jax(shape, kernel, stride, pad, form, monkeypatch):
     used = []
     for name in ("_convolve_blocks", "_convolve_whole"):
         original = getattr(layers, name)
@@ -59,7 +57,7 @@ def test_a_convolution_is_that_of_jax_and_so_is_its_gradient(
         ((12, 12), (1, 1), [(0, 0), (2, 2)]),
     ],
 )
-def test_a_convolution_that_is_not_square_is_jaxs(kernel, strides, padding):
+def test_a_convolution_that_is_not_square_matches_jax(kernel, strides, padding):
     x = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
     weights = jax.random.normal(jax.random.key(1), (*kernel, 3, 7))
     ours, theirs = (

@@ -59,8 +59,8 @@ def make_learner(config, directory, said=None):
     return Learner(state, EXAMPLE, config=config, run_dir=directory, say=say)
 
 
-def test_updates_from_the_device_are_those_from_the_host(tmp_path):
-    config = CONFIG.replace(replay={"capacity": 3})  # so that slots are used again
+def test_updates_from_the_device_equal_those_from_the_host(tmp_path):
+    config = CONFIG.replace(replay={"capacity": 3})  # so that slots are reused
     each = {"host": [], "device": []}
     learners = {}
     for placement, values in each.items():
@@ -107,7 +107,7 @@ def test_a_resumed_run_from_the_device_equals_a_straight_one(tmp_path):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
-def test_a_batch_on_the_device_that_is_not_finite_is_kept_and_stops_the_run(tmp_path):
+def test_a_non_finite_batch_on_the_device_is_kept_and_stops_the_run(tmp_path):
     config = DEVICE.replace(learn={"nonfinite_limit": 2})
     said = []
     learner = make_learner(config, tmp_path, said)
@@ -123,7 +123,7 @@ def test_a_batch_on_the_device_that_is_not_finite_is_kept_and_stops_the_run(tmp_
     assert "loss/total" in said[0]
 
 
-def test_the_replay_goes_to_the_device_only_where_it_fits(monkeypatch):
+def test_the_replay_buffer_goes_to_the_device_only_if_it_fits(monkeypatch):
     class Device:
         def memory_stats(self):
             return {"bytes_limit": limits[-1], "bytes_in_use": 0}
@@ -139,7 +139,7 @@ def test_the_replay_goes_to_the_device_only_where_it_fits(monkeypatch):
     assert place(EXAMPLE, CONFIG.replace(env={"max_steps": 0})) == "host"
 
 
-def test_a_store_needs_to_know_how_long_episodes_are(tmp_path):
+def test_a_store_needs_a_limit_on_episodes(tmp_path):
     with pytest.raises(UsageError, match=r"give --env\.max-steps"):
         place(EXAMPLE, DEVICE.replace(env={"max_steps": 0}))
     learner = make_learner(DEVICE, tmp_path)
@@ -149,7 +149,7 @@ def test_a_store_needs_to_know_how_long_episodes_are(tmp_path):
         learner.add(random_episode(0, length=31))
 
 
-def test_a_store_that_was_not_asked_for_gives_way_to_longer_episodes(tmp_path, monkeypatch):
+def test_an_automatic_store_gives_way_to_longer_episodes(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_module, "place", lambda example, config: "device")
     said = []
     learner = make_learner(CONFIG, tmp_path, said)
@@ -161,20 +161,20 @@ def test_a_store_that_was_not_asked_for_gives_way_to_longer_episodes(tmp_path, m
 
 
 class PowerCut(BaseException):
-    """Ends a run as a kill does: nothing is saved on the way."""
+    """Ends a run like a kill: nothing is saved on the way."""
 
 
 OVERLAP = CONFIG.replace(collect={"overlap": True}, eval={"every": 0})
 
 
-def test_overlapping_makes_every_update_that_is_owed(tmp_path):
+def test_overlap_makes_every_update_due(tmp_path):
     state = run(tmp_path / "run", 5, OVERLAP)
     assert int(state.step) == 9
-    # An episode is driven while the updates of the one before it are made.
+    # An episode is collected during the updates of the previous one.
     assert [r["total/updates"] for r in metrics(tmp_path / "run")] == [0, 0, 0, 3, 6]
 
 
-def test_overlapping_drives_with_parameters_that_lack_the_last_updates(tmp_path):
+def test_overlap_collects_with_parameters_that_lack_the_last_updates(tmp_path):
     strict = run(tmp_path / "strict", 5, CONFIG.replace(eval={"every": 0}))
     run(tmp_path / "overlap", 5, OVERLAP)
     one, other = (metrics(tmp_path / name) for name in ("strict", "overlap"))

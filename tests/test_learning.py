@@ -1,4 +1,4 @@
-"""Does it learn? A task that an agent learns in about a minute."""
+"""Training on a task that an agent learns in about a minute."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from valdi_jax.losses import value
 from valdi_jax.presets import PRESETS
 from valdi_jax.train import train
 
-# Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks 0.15 s ahead,
-# so that swinging up, which takes ten times as long, has to come from the values.
+# Standing up costs 100 to 250, hanging 1,000 to 1,700. The planner looks 0.15 s ahead, so swinging
+# up, which takes ten times as long, has to come from the values.
 CONFIG = PRESETS["pendulum"].replace(
     model={
         "horizon": 1,
@@ -80,9 +80,9 @@ def with_a_blind_planner(monkeypatch):
 @pytest.mark.parametrize(
     "broken", [without_bootstrap, without_moving_average, with_a_blind_planner]
 )
-def test_what_is_broken_does_not_learn(tmp_path, monkeypatch, broken, dynamics):
+def test_a_broken_agent_does_not_learn(tmp_path, monkeypatch, broken, dynamics):
     broken(monkeypatch)
-    jax.clear_caches()  # of what was compiled whole
+    jax.clear_caches()  # drop the programs compiled before the patch
     try:
         assert score(tmp_path, model={"dynamics": dynamics}) < -600
     finally:

@@ -36,7 +36,7 @@ def latents(parity, params):
     return jax.jit(lambda p: model.encode(p, observations, config=parity.config))(params)
 
 
-def test_parameter_counts_are_the_papers(parity):
+def test_parameter_counts_match_the_paper(parity):
     expected = {"diffusion": 5_390_230, "mlp": 5_795_363, "flow": 5_360_342}[
         parity.config.model.dynamics
     ]

@@ -57,7 +57,7 @@ def test_cem_returns_the_best_candidate_of_all_iterations():
     seen = []
 
     def noisy(candidates, key):
-        # Noise swamps the score, so the best is as likely early as late.
+        # Noise dominates the score, so the best is as likely early as late.
         scores = 100 * jax.random.normal(key, candidates.shape[:1])
         jax.debug.callback(lambda *x: seen.append(x), candidates, scores)
         return scores
@@ -132,7 +132,7 @@ def test_a_plan_has_an_action_for_every_environment_step(agent):
     assert np.all(np.abs(answer.actions) <= 1)
 
 
-def test_a_plan_in_bfloat16_is_that_of_float32_but_for_rounding(agent):
+def test_a_plan_in_bfloat16_equals_that_in_float32_up_to_rounding(agent):
     config, params, _, first = agent
     low = config.replace(planner={"precision": "bfloat16", "iterations": 1})
     one, two = (
@@ -181,7 +181,7 @@ def test_noise_can_be_correlated_along_the_sequence():
     np.testing.assert_array_equal(none, jax.random.normal(key, shape))
 
 
-def test_a_plan_takes_its_correlation(agent):
+def test_a_plan_uses_its_correlation(agent):
     config, params, _, first = agent
     config = config.replace(planner={"correlation": 1.0, "iterations": 1, "answer": "mean"})
     # Every candidate, and the exploration noise, is one action throughout.
@@ -190,7 +190,7 @@ def test_a_plan_takes_its_correlation(agent):
         np.testing.assert_allclose(sequence, sequence[:1].repeat(15, axis=0), atol=1e-6)
 
 
-def test_a_search_goes_on_from_the_plan_before(agent):
+def test_a_search_starts_from_the_previous_plan(agent):
     config, params, _, first = agent
     config = config.replace(planner={"warm_start": True, "action_hold": 3})
     cold = plan(params, first, jax.random.key(0), config=config)
@@ -199,13 +199,13 @@ def test_a_search_goes_on_from_the_plan_before(agent):
     np.testing.assert_array_equal(cold.carry[4], 0)
     far = jnp.full((5, 3), 1.5)
     warm = plan(params, first, jax.random.key(0), config=config, carry=far)
-    # One sample of standard deviation 1 around it, refitted twice, does not come back to zero.
+    # Two refits around it, with standard deviation 1, do not return to zero.
     assert warm.mean.mean() > cold.mean.mean() + 0.5
     off = config.replace(planner={"warm_start": False})
     assert plan(params, first, jax.random.key(0), config=off).carry is None
 
 
-def test_an_episode_starts_its_search_afresh(agent):
+def test_an_episode_starts_a_new_search(agent):
     config, params, observations, _ = agent
     config = config.replace(planner={"warm_start": True})
     keys = jax.random.split(jax.random.key(1), 4)
@@ -230,11 +230,11 @@ def test_the_answer_can_be_the_elite_mean(agent):
     np.testing.assert_allclose(answer.actions, np.tanh(answer.mean), atol=1e-6)
 
 
-def test_the_predicted_return_is_that_of_the_answer(agent, monkeypatch):
+def test_the_predicted_return_is_that_of_the_chosen_sequence(agent, monkeypatch):
     config, params, _, first = agent
     z = model.encode(params, first, config=config)
     noise = jnp.zeros((1, config.model.horizon, config.model.latent_dim))
-    # With the start of the diffusion fixed, the score of a sequence can be computed again.
+    # With fixed initial noise, the score of a sequence can be recomputed.
     imagine = model.imagine
     monkeypatch.setattr(model, "imagine", lambda p, z, a, n, **kw: imagine(p, z, a, 0 * n, **kw))
     for answer in ("best", "mean"):

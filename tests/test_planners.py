@@ -1,4 +1,4 @@
-"""What iCEM and MPPI promise, on problems whose answer is known."""
+"""iCEM and MPPI, on problems with a known solution."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def test_a_planner_finds_the_top_of_a_hill(kind, answer):
 
 
 @pytest.mark.parametrize("kind", PLANNERS)
-def test_a_planner_stays_among_the_actions_and_survives_scores_without_a_number(kind):
+def test_a_planner_stays_within_bounds_and_survives_nan_scores(kind):
     far = quadratic(jnp.full(SHAPE, 5.0))
     actions, _, carry = search(kind, far)
     assert float(actions.mean()) > 0.5
@@ -62,13 +62,13 @@ def test_a_planner_stays_among_the_actions_and_survives_scores_without_a_number(
 
 
 @pytest.mark.parametrize("kind", ["icem", "mppi"])
-def test_a_search_goes_on_where_the_last_one_ended(kind):
+def test_a_search_starts_where_the_last_one_ended(kind):
     problem = quadratic()
     _, _, carry = search(kind, problem)
     mean = carry if kind == "mppi" else carry.mean
     assert float(jnp.abs(mean[:4] - TARGET[2:]).mean()) < 0.3
     np.testing.assert_array_equal(mean[4:], 0)
-    # The next problem is the same, moved on: a single iteration profits from what is carried.
+    # The next problem is the same, shifted: a single iteration benefits from the carry.
     moved = quadratic(jnp.concatenate([TARGET[2:], jnp.zeros((2, 2))]))
     once = dataclasses.replace(CONFIG, iterations=1)
     errors = {"cold": [], "warm": []}
@@ -81,7 +81,7 @@ def test_a_search_goes_on_where_the_last_one_ended(kind):
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("steps", [1, 2, 5, 15])
-def test_coloured_noise_has_unit_variance_and_the_spectrum_asked_for(exponent, steps):
+def test_coloured_noise_has_unit_variance_and_the_requested_spectrum(exponent, steps):
     noise = icem.colored_normal(jax.random.key(0), (4000, steps, 2), exponent=exponent)
     np.testing.assert_allclose(noise.std(axis=0), 1, atol=0.06)
     if steps < 5:
@@ -99,7 +99,7 @@ def test_icems_population_decays_to_twice_its_elites():
     assert icem.population(30, dataclasses.replace(config, elites=80)) == 100
 
 
-def test_icem_asks_for_its_mean_and_for_the_elites_that_it_kept():
+def test_icem_scores_its_mean_and_the_elites_that_it_kept():
     asked = []
 
     def recording(sequences, key):
@@ -112,7 +112,7 @@ def test_icem_asks_for_its_mean_and_for_the_elites_that_it_kept():
     carry = planner.init(SHAPE, config=config)
     _, carry = planner.search(problem, carry, jax.random.key(0), config=config)
     first, second = asked
-    assert (len(first), len(second)) == (43, 35)  # each with three elites kept
+    assert (len(first), len(second)) == (43, 35)  # each includes three kept elites
     scores = np.array(quadratic().score(jnp.array(first[:40]), None))
     best = first[np.argsort(-scores)]
     np.testing.assert_array_equal(second[-3:], best[:3])
@@ -122,7 +122,7 @@ def test_icem_asks_for_its_mean_and_for_the_elites_that_it_kept():
     np.testing.assert_array_equal(asked[0][-3:], carry.elites)
 
 
-def test_mppi_weighs_elites_by_a_softmax_and_bounds_the_deviation():
+def test_mppi_weights_elites_by_a_softmax_and_bounds_the_deviation():
     settings = dataclasses.replace(CONFIG.mppi, temperature=2.0, min_std=0.3, max_std=0.6)
     config = dataclasses.replace(CONFIG, iterations=1, candidates=64, elites=3, mppi=settings)
     key = jax.random.key(0)
@@ -139,5 +139,5 @@ def test_mppi_weighs_elites_by_a_softmax_and_bounds_the_deviation():
     np.testing.assert_allclose(found.std, np.clip(std, 0.3, 0.6), atol=1e-5)
 
 
-def test_mppi_starts_cold_at_its_greatest_deviation():
+def test_mppi_starts_at_its_maximum_deviation():
     assert not np.any(mppi.init(SHAPE, config=CONFIG))

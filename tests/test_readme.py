@@ -25,7 +25,7 @@ def test_your_environment_trains_as_written(tmp_path, monkeypatch, capsys):
     exec(compile(training, "your-environment.md", "exec"), names)
     printed = capsys.readouterr().out
     summary = ast.literal_eval(printed[printed.rindex("{") :])
-    # Who stays where it is pays about a distance of 1 at each of the 30 steps.
+    # Standing still costs a distance of about 1 at each of the 30 steps.
     assert summary["mean"] > -10
     assert (tmp_path / "runs/reach/checkpoints/00000040").is_dir()
     exec(compile(driving, "your-environment.md", "exec"), names)

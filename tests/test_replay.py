@@ -12,7 +12,7 @@ SPAN = CONFIG.segment_steps  # 18 environment steps
 
 
 def episode(number, length, terminated=False):
-    """Every entry tells its episode and its step."""
+    """An episode whose entries encode their episode and step."""
     steps = np.arange(length + 1, dtype=np.float32)
     return Episode(
         observations=Observation(vector=np.stack([np.full_like(steps, number), steps], axis=1)),
@@ -65,8 +65,8 @@ def test_episodes_are_drawn_uniformly_and_so_are_their_starts():
     assert counts.min() > 0.6 * counts.mean()
 
 
-def test_drawn_by_step_every_place_in_the_replay_is_as_likely():
-    # After the ring has turned, with an episode that holds no segment in between.
+def test_sampling_by_step_is_uniform_over_the_replay_buffer():
+    # After the ring has wrapped, with an episode too short for a segment in between.
     config = CONFIG.replace(replay={"capacity": 4, "sampling": "step"})
     replay = Replay(config)
     for number, length in enumerate((50, SPAN, 5, SPAN + 8, SPAN + 29)):
@@ -89,7 +89,7 @@ def test_only_the_segment_that_holds_the_terminal_step_is_marked():
 
 
 @pytest.mark.parametrize("length", [1, 4, 18, 40])
-def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segment(length):
+def test_every_step_can_begin_a_segment_if_the_target_stops_at_terminals(length):
     replay = filled(episode(0, length, terminated=True), bootstrap_terminal=False)
     batch = sample(replay, 0, 2000)
     steps = batch.observations.vector[..., 1]
@@ -98,7 +98,7 @@ def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segmen
     np.testing.assert_array_equal(
         steps, np.minimum(starts[:, None] + 3 * np.arange(7), length), "the last is repeated"
     )
-    # The chunk that holds the last step, by its number within the segment, if it reaches so far.
+    # The chunk that holds the last step, by its number within the segment, if it is within.
     last = (length - 1 - starts) // 3
     np.testing.assert_array_equal(batch.terminals, last[:, None] == np.arange(6))
     numbers = starts[:, None] + np.arange(18)
@@ -107,7 +107,7 @@ def test_where_the_target_stops_at_a_terminal_step_every_step_can_begin_a_segmen
     np.testing.assert_array_equal(batch.actions.reshape(-1, 18, 3)[..., 2], expected)
 
 
-def test_a_time_limit_is_no_end_to_learn():
+def test_a_truncation_is_not_a_terminal():
     replay = filled(episode(0, SPAN + 5), bootstrap_terminal=False)
     batch = sample(replay, 0, 300)
     assert not batch.terminals.any()
@@ -122,7 +122,7 @@ def test_an_episode_shorter_than_a_segment_is_never_drawn():
     assert len(replay) == 3
 
 
-def test_a_replay_of_short_episodes_says_that_it_is_not_ready():
+def test_a_replay_buffer_of_short_episodes_is_not_ready():
     replay = filled(episode(0, 5))
     assert not replay.ready
     with pytest.raises(ValueError, match="at least 18 steps"):
@@ -143,7 +143,7 @@ def test_the_same_generator_state_gives_the_same_batch():
 
 
 @pytest.mark.parametrize(("length", "terminated"), [(31, False), (31, True), (4, True)])
-def test_where_every_third_frame_is_kept_segments_start_at_one(length, terminated):
+def test_segments_start_at_kept_frames(length, terminated):
     config = CONFIG.replace(
         env={"render_every": "chunk"}, learn={"bootstrap_terminal": not terminated}
     )

@@ -76,7 +76,7 @@ def test_an_episode_may_hold_the_last_observation_alone(params):
     )
 
 
-def test_several_environments_drive_every_job_and_answer_in_order(params):
+def test_several_environments_roll_out_every_job_in_order(params):
     pool = TwoLocal(functools.partial(Counting, length=4), functools.partial(Counting, length=9))
     driven = roll_out(params, pool, jobs(1, 2, 3, 4, 5), config=CONFIG)
     assert [d.episode.seed for d in driven] == [1, 2, 3, 4, 5]
@@ -85,20 +85,20 @@ def test_several_environments_drive_every_job_and_answer_in_order(params):
         np.testing.assert_array_equal(d.episode.rewards, np.arange(1, len(d.episode) + 1))
 
 
-def test_groups_planned_for_in_turn_drive_the_same_episodes(params):
+def test_groups_planned_for_in_turn_collect_the_same_episodes(params):
     factories = [functools.partial(Counting, length=n) for n in (4, 9)]
     together = roll_out(params, TwoLocal(*factories), jobs(1, 2, 3), config=CONFIG)
     in_turn = roll_out(params, TwoLocal(*factories), jobs(1, 2, 3), config=CONFIG, groups=2)
     assert [d.episode.seed for d in in_turn] == [1, 2, 3]
     for d in in_turn:
         match = [t.episode for t in together if t.episode.seed == d.episode.seed]
-        shortest = min(len(d.episode), len(match[0]))  # either environment may have driven it
+        shortest = min(len(d.episode), len(match[0]))  # either environment may have collected it
         np.testing.assert_allclose(
             d.episode.actions[:shortest], match[0].actions[:shortest], atol=1e-4
         )
 
 
-def test_an_episode_does_not_depend_on_what_is_driven_beside_it(params):
+def test_an_episode_does_not_depend_on_parallel_ones(params):
     alone = roll_out(params, LocalPool(Counting), jobs(3), config=CONFIG)[0].episode
     beside = roll_out(
         params, TwoLocal(functools.partial(Counting, length=5), Counting), jobs(2, 3), config=CONFIG
@@ -107,11 +107,11 @@ def test_an_episode_does_not_depend_on_what_is_driven_beside_it(params):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_each_environment_goes_on_from_its_own_plan(params, groups):
+def test_each_environment_continues_from_its_own_plan(params, groups):
     config = CONFIG.replace(planner={"warm_start": True})
     cold = roll_out(params, LocalPool(Counting), jobs(3), config=CONFIG)[0].episode
     alone = roll_out(params, LocalPool(Counting), jobs(3), config=config)[0].episode
-    # The second of these starts after an episode of another length in the same environment.
+    # The second job starts after an episode of another length in the same environment.
     pool = TwoLocal(functools.partial(Counting, length=5), functools.partial(Counting, length=8))
     beside = roll_out(params, pool, jobs(1, 2, 3), config=config, groups=groups)[2].episode
     steps = len(beside)
@@ -129,7 +129,7 @@ def test_the_same_job_gives_the_same_episode(params):
     np.testing.assert_array_equal(one.actions, two.actions)
 
 
-def test_what_the_callback_raises_ends_the_drive(params):
+def test_an_exception_in_the_callback_ends_the_rollouts(params):
     calls = []
 
     def stop():
@@ -142,7 +142,7 @@ def test_what_the_callback_raises_ends_the_drive(params):
     assert len(calls) == 3
 
 
-def test_exploration_noise_is_held_and_then_falls():
+def test_exploration_noise_is_held_and_then_decays():
     config = CollectConfig()
     episodes = (-10, 0, 249, 375, 500, 5000)
     noise = [exploration_noise(episode, config) for episode in episodes]
@@ -152,7 +152,7 @@ def test_exploration_noise_is_held_and_then_falls():
 
 
 class Losing(TwoLocal):
-    """A pool that loses its first environment at certain requests."""
+    """A pool that loses its first environment at given requests."""
 
     def __init__(self, *factories, resets=(), steps=()):
         super().__init__(*factories)
@@ -176,7 +176,7 @@ class Losing(TwoLocal):
 
 
 @pytest.mark.parametrize("losses", [{"resets": (1,)}, {"steps": (2,)}, {"steps": (1, 3, 9)}])
-def test_an_episode_lost_with_its_environment_is_driven_again(params, losses):
+def test_an_episode_lost_with_its_environment_restarts(params, losses):
     factory = functools.partial(Counting, length=7)
     undisturbed = roll_out(params, TwoLocal(factory, factory), jobs(1, 2, 3), config=CONFIG)
     driven = roll_out(params, Losing(factory, factory, **losses), jobs(1, 2, 3), config=CONFIG)

@@ -17,7 +17,7 @@ def test_gaussian_latents_give_the_known_expectation(batch):
     assert np.mean([statistic(x) for x in draws]) == pytest.approx(1.0525, rel=0.05)
 
 
-def test_collapsed_latents_are_punished_in_proportion_to_the_batch():
+def test_collapsed_latents_are_penalised_in_proportion_to_the_batch():
     assert statistic(jnp.zeros((32, 16))) == pytest.approx(0.40205 * 32, rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Every kind of observation and action, on Gymnasium's own environments where they have it."""
+"""Every kind of observation and action, on Gymnasium's own environments if possible."""
 
 import gymnasium as gym
 import jax
@@ -76,7 +76,7 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("kind", ENVIRONMENTS)
-def test_an_agent_drives_whatever_it_sees(kind):
+def test_an_agent_acts_on_every_kind_of_observation(kind):
     factory, image, vector = ENVIRONMENTS[kind]
     env = factory()
     interface = Interface(env.observation_space, env.action_space)

@@ -1,4 +1,4 @@
-"""The package reads from top to bottom: a module imports only from those above it."""
+"""The order of the modules: each imports only from those above it."""
 
 import ast
 import subprocess
@@ -26,7 +26,7 @@ ORDER = [
 
 
 def imports(path):
-    """Every module that a file imports, in full."""
+    """Full names of the modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,7 +69,7 @@ def test_gymnasium_appears_only_where_environments_do():
     }
 
 
-def test_planners_know_no_update_data_environment_or_run():
+def test_planners_import_no_update_data_environment_or_run():
     for name, path in modules():
         if name.startswith("planners"):
             parts = {other.split(".")[1] for other in imports(path) if "valdi_jax." in other}

@@ -1,4 +1,4 @@
-"""Every term of the objective moves the networks that it names, and no others."""
+"""Every term of the objective trains the networks that it names, and no others."""
 
 import jax
 import numpy as np

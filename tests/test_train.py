@@ -66,7 +66,7 @@ def test_every_metric_is_explained(straight):
             assert "/" not in key or f"`{key}`" in explained, key
 
 
-def test_every_episode_has_randomness_of_its_own(tmp_path, monkeypatch):
+def test_every_episode_has_its_own_randomness(tmp_path, monkeypatch):
     jobs, job = [], Environments._job
 
     def recording(self, number):
@@ -82,7 +82,7 @@ def test_every_episode_has_randomness_of_its_own(tmp_path, monkeypatch):
 def test_the_update_to_data_ratio_is_exact(straight):
     directory, state, _ = straight
     records = read_jsonl(directory / "metrics.jsonl")
-    # 30 steps an episode, a tenth of an update each, none for the two seed episodes.
+    # 30 steps per episode, a tenth of an update each, none for the two seed episodes.
     assert [r["total/updates"] for r in records] == [0, 0, 3, 6, 9]
     assert int(state.step) == 9
 
@@ -98,8 +98,8 @@ def test_a_resumed_run_equals_a_straight_one(straight, tmp_path):
     assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
 
 
-def test_a_resumed_run_goes_through_its_replay_in_the_same_order(tmp_path):
-    # Of 13 episodes with ten places: 3 .. 12, of which text would put 10 first.
+def test_a_resumed_run_keeps_the_order_of_its_replay_buffer(tmp_path):
+    # The buffer keeps 3 .. 12 of 13 episodes; sorted as text, 10 would come first.
     config = CONFIG.replace(eval={"every": 0}, replay={"capacity": 10})
     straight, _ = run(tmp_path / "straight", 16, config=config)
     run(tmp_path / "run", 13, config=config)
@@ -107,7 +107,7 @@ def test_a_resumed_run_goes_through_its_replay_in_the_same_order(tmp_path):
     chex.assert_trees_all_equal(resumed.params, straight.params)
 
 
-# Resets before the interrupt, two of them in each evaluation, and the episodes saved by then.
+# Resets before the interrupt, two of them per evaluation, and the episodes saved by then.
 @pytest.mark.parametrize(("interrupted_at", "episodes"), [(1, 0), (4, 2), (6, 3), (8, 4)])
 def test_an_interrupted_run_is_saved_and_loses_nothing(
     straight, tmp_path, interrupted_at, episodes
@@ -148,7 +148,7 @@ def test_an_interrupted_run_is_saved_and_loses_nothing(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_run_interrupted_while_learning_makes_the_updates_it_owes(
+def test_a_run_interrupted_while_learning_makes_its_remaining_updates(
     straight, tmp_path, monkeypatch
 ):
     _, state, _ = straight
@@ -191,9 +191,9 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(tmp_path):
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
 
 
-# Of the five episodes the last three make three updates each; an evaluation follows.
+# The last three of the five episodes make three updates each; an evaluation follows.
 @pytest.mark.parametrize("at", ["update", "evaluation"])
-def test_a_run_interrupted_at_its_very_end_still_comes_to_it(straight, tmp_path, monkeypatch, at):
+def test_a_run_interrupted_at_its_end_can_still_finish(straight, tmp_path, monkeypatch, at):
     _, state, _ = straight
     config = CONFIG.replace(eval={"every": 5})
 
@@ -222,7 +222,7 @@ def test_a_run_interrupted_at_its_very_end_still_comes_to_it(straight, tmp_path,
     assert "nothing to do" in output
 
 
-def test_what_is_refused_leaves_nothing_behind(tmp_path):
+def test_a_refused_run_leaves_nothing_behind(tmp_path):
     bad = CONFIG.replace(replay={"placement": "device"}, env={"max_steps": 0})
     with pytest.raises(UsageError, match=r"give --env\.max-steps"):
         run(tmp_path / "run", 2, config=bad)
@@ -233,13 +233,13 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
     run(tmp_path / "run", 2)
 
 
-def test_an_environment_that_raises_does_not_cost_what_was_learnt(tmp_path):
+def test_an_environment_that_raises_costs_no_learning(tmp_path):
     def failing(config, training):
         env = make_counting(config, training=training)
         reset = env.reset
 
         def reset_or_fail(*, seed):
-            if next(resets) == 5:  # of the fourth episode: two resets were of an evaluation
+            if next(resets) == 5:  # of the fourth episode: evaluation made two resets
                 raise OSError("the road is closed")
             return reset(seed=seed)
 
@@ -367,7 +367,7 @@ def test_one_line_says_what_a_decision_costs_on_a_cpu(tmp_path):
 
 
 def poison(monkeypatch, updates):
-    """Let the batches of the updates with these numbers hold rewards that are not a number."""
+    """Give the batches of these updates rewards that are NaN."""
     numbers, gather = itertools.count(), Replay.gather
 
     def poisoned(self, segments):
@@ -379,7 +379,7 @@ def poison(monkeypatch, updates):
     monkeypatch.setattr(Replay, "gather", poisoned)
 
 
-def test_training_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, monkeypatch):
+def test_training_stops_after_consecutive_non_finite_updates(tmp_path, monkeypatch):
     config = CONFIG.replace(learn={"nonfinite_limit": 4})
     poison(monkeypatch, range(2, 100))
     with pytest.raises(StoppedError, match=r"4 updates in a row.*loss/reward.* in update 6"):
@@ -398,14 +398,14 @@ def test_training_stops_after_updates_in_a_row_that_are_not_finite(tmp_path, mon
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
-def test_a_single_update_that_is_not_finite_is_warned_of(tmp_path, monkeypatch):
+def test_a_single_non_finite_update_is_reported(tmp_path, monkeypatch):
     poison(monkeypatch, [2])
     state, output = run(tmp_path / "run", 5)
     assert output.count("which was refused; its batch is in") == 1
     assert int(state.step) == 9
 
 
-def test_training_stops_where_the_planner_has_no_finite_score(tmp_path, monkeypatch):
+def test_training_stops_if_the_planner_has_no_finite_score(tmp_path, monkeypatch):
     roll_out = source_module.roll_out
 
     def without_score(*args, **kwargs):
@@ -420,7 +420,7 @@ def test_training_stops_where_the_planner_has_no_finite_score(tmp_path, monkeypa
 
 
 class FullDisk:
-    """A disk that is full for a while: what writes to it fails in the way that was seen there."""
+    """A disk that is full for a while; writes to it fail as they do on a real one."""
 
     def __init__(self, monkeypatch):
         self.full = False
@@ -443,7 +443,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("full", [{2}, {2, 3}, {0, 1, 2, 3}])
-def test_a_run_outlasts_a_full_disk(straight, tmp_path, monkeypatch, full):
+def test_a_run_survives_a_full_disk(straight, tmp_path, monkeypatch, full):
     _, state, _ = straight
     disk, collect, episodes = FullDisk(monkeypatch), Environments.collect, itertools.count()
 
@@ -468,7 +468,7 @@ def test_a_run_outlasts_a_full_disk(straight, tmp_path, monkeypatch, full):
     assert [r["episode"] for r in records] == [0, 1, 2, 3, 4]
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one(tmp_path, monkeypatch):
     save, calls = ocp.StandardCheckpointer.save, itertools.count()
 
     def failing(*args, **kwargs):

@@ -55,12 +55,12 @@ def test_td_lambda_targets_by_hand():
     np.testing.assert_allclose(
         td_targets(rewards, values, none, discount=0.5, td_lambda=1e-9), one_step, rtol=1e-6
     )
-    # What follows a terminal chunk does not count.
+    # Chunks after a terminal one do not count.
     ended = td_targets(rewards, values, jnp.array([0.0, 1.0, 0.0]), discount=0.5, td_lambda=1.0)
     np.testing.assert_allclose(ended[:2], [1 + 0.5 * 2, 2])
 
 
-def test_the_objective_takes_its_lambda():
+def test_the_objective_uses_its_lambda():
     plain, longer = (configured(td_lambda=value) for value in (0.0, 0.7))
     state = init_state(jax.random.key(0), EXAMPLE, config=plain)
     draws = draw(jax.random.key(1), 8, config=plain)
@@ -85,7 +85,7 @@ def test_learning_on_one_batch_lowers_what_it_regresses(dynamics):
         assert last < 0.8 * first, f"{name}: {first:.3f} -> {last:.3f}"
 
 
-def test_one_compilation_serves_a_whole_run_and_what_shapes_no_graph():
+def test_one_compilation_serves_a_run_and_fields_outside_the_graph():
     config = configured(learning_rate=2e-3)
     before = _jitted_update._cache_size()
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
@@ -148,11 +148,11 @@ def test_no_gradient_reaches_the_targets(dynamics, td_encoder):
 
 
 @pytest.mark.parametrize("td_encoder", ["online", "ema"])
-def test_observations_after_the_first_train_no_encoder(td_encoder):
+def test_observations_after_the_first_do_not_train_the_encoder(td_encoder):
     config = configured(td_encoder=td_encoder)
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
     draws = draw(jax.random.key(1), 8, config=config)
-    # With a first observation of zeros, the first layer's kernel gets no gradient from it.
+    # A first observation of zeros gives the first layer's kernel no gradient.
     vector = random_batch().observations.vector.copy()
     vector[:, 0] = 0
     batch = random_batch().replace(observations=Observation(vector=vector))
@@ -197,7 +197,7 @@ def test_the_chunk_with_the_terminal_step_is_the_last_before_the_end():
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
 @pytest.mark.parametrize("td_encoder", ["online", "ema"])
-def test_nothing_beyond_an_episodes_end_is_learnt_from(dynamics, td_encoder):
+def test_nothing_beyond_an_episodes_end_is_learnt(dynamics, td_encoder):
     config = configured(dynamics, bootstrap_terminal=False, td_encoder=td_encoder)
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
     draws = draw(jax.random.key(1), 8, config=config)
@@ -213,15 +213,15 @@ def test_nothing_beyond_an_episodes_end_is_learnt_from(dynamics, td_encoder):
 
         return jax.grad(loss)(state.params)
 
-    # Chunk 2 leads to observation 3, the terminal one. The actions stay: the dynamics sees all of
-    # them at once, though it learns from none that follow the end.
+    # Chunk 2 leads to observation 3, the terminal one. The actions stay: the dynamics sees them all
+    # at once, though it learns from none beyond the end.
     changed = batch.replace(
         observations=Observation(
             vector=beyond(batch.observations.vector, other.observations.vector, 4)
         ),
         rewards=beyond(batch.rewards, other.rewards, 3),
     )
-    if dynamics == "diffusion":  # what follows is noised and seen, but never regressed
+    if dynamics == "diffusion":  # later latents are noised and seen, but never regressed
         changed = batch.replace(rewards=changed.rewards)
     chex.assert_trees_all_close(gradient(changed), gradient(batch), atol=1e-7)
     earlier = batch.replace(rewards=beyond(batch.rewards, other.rewards, 2))
@@ -250,7 +250,7 @@ def test_the_reward_scale_scales_what_is_learnt():
     )
 
 
-def test_observations_are_normalised_by_what_was_seen():
+def test_observations_are_normalised_by_their_running_statistics():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, normalize=True))
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
     plain = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
@@ -274,7 +274,7 @@ def test_observations_are_normalised_by_what_was_seen():
     assert observe(plain, vectors) is plain
 
 
-def test_no_update_moves_the_normalisation():
+def test_no_update_changes_the_normaliser():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, normalize=True))
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
     state = observe(state, np.random.default_rng(0).normal(3, 2, (50, 2)))
@@ -286,7 +286,7 @@ def test_no_update_moves_the_normalisation():
 
 
 @pytest.mark.parametrize("field", ["actions", "rewards", "observations"])
-def test_an_update_that_is_not_finite_changes_nothing(field):
+def test_a_non_finite_update_changes_nothing(field):
     state = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
     state, metrics = update(state, random_batch(), config=CONFIG)
     assert metrics["update/refused"] == 0

@@ -1,4 +1,4 @@
-"""A Gymnasium environment small enough to know by heart."""
+"""A small Gymnasium environment with known rewards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG: Config = dataclasses.replace(
 class Counting(gym.Env):
     """Counts its steps: the vector is (seed mod 1000, steps), the reward the step's number.
 
-    It terminates after ``length`` steps if that is less than ``max_steps``, where it truncates.
+    It terminates after ``length`` steps if that is less than ``max_steps``, at which it truncates.
     The 1000 keeps the seed exact in float32.
     """
 

@@ -1,4 +1,4 @@
-"""Train on the toy environment in a process of its own: python train_toy.py RUN EPISODES."""
+"""Train on the toy environment in its own process: python train_toy.py RUN EPISODES."""
 
 import dataclasses
 import sys

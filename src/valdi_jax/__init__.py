@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from valdi_jax.types import AgentState, Batch, Plan
     from valdi_jax.updates import init_state, update
 
-# Loaded on first use: a process that only steps an environment then needs no JAX.
+# Loaded lazily, so that processes which only step environments need no JAX.
 _HOMES = {
     "config": ("Config",),
     "model": ("encode", "imagine", "init_params", "reward", "value"),

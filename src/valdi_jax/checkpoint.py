@@ -1,11 +1,12 @@
 """Checkpoints of a run: ``python -m valdi_jax.checkpoint RUN`` lists and verifies them.
 
-With ``--export DIR`` it writes the newest as an agent by itself (see `run.agents`).
+``--export DIR`` writes the newest one as an exported agent (see `run.agents`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,11 @@ from typing import Annotated
 import tyro
 
 from valdi_jax import cli
+from valdi_jax.config import from_dict
 from valdi_jax.errors import UsageError
 from valdi_jax.run import agents
 from valdi_jax.run.checkpoint import (
+    accept_config,
     checkpoints,
     export,
     latest,
@@ -34,13 +37,15 @@ class Arguments:
     """Command line of the command that lists checkpoints."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory; to export, one of its checkpoints as well. Of an exported agent, say whether
-    it is whole and how it was trained."""
+    """Run directory; with --export also one of its checkpoints. For an exported agent, verify it
+    and print how it was trained."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write the agent to this new directory, as config.json and model.safetensors, from which it is
-    evaluated, and new runs start with --init-from."""
+    """Export the agent to this new directory as config.json and model.safetensors, for evaluation
+    and for new runs (--init-from)."""
     half: bool = False
     """Export in half precision (float16)."""
+    accept_config: bool = False
+    """Renew the checksum of RUN/config.json after an intended change."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,6 +58,10 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.half and not arguments.export:
         raise UsageError("--half is for --export")
+    if arguments.accept_config:
+        from_dict(json.loads((arguments.run / "config.json").read_bytes()))  # raises
+        accept_config(arguments.run)
+        return 0
     exported = agents.locate(arguments.run)
     if exported and arguments.export:
         raise UsageError(f"{arguments.run} is an exported agent already")

@@ -1,4 +1,4 @@
-"""What the commands share: parsing, one-sentence errors, and stopping cleanly."""
+"""Shared by the commands: parsing, one-sentence errors, clean interruption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **sett
     """Parse a command line into a dataclass.
 
     Raises:
-        UsageError: with one sentence, and the nearest option where one was misspelt.
+        UsageError: one sentence; it suggests the nearest option for a misspelt one.
         SystemExit: after printing ``--help``.
     """
     if default is not None:
@@ -44,23 +44,23 @@ def parse(cls: type[T], argv: Sequence[str], *, default: T | None = None, **sett
 
 
 def _sentence(message: str) -> str:
-    """What tyro says in a box, in one sentence."""
+    """Tyro's boxed error message as one sentence."""
     lines = [line.strip("│╭╮╰╯─ \n") for line in message.splitlines()]
     unknown = re.search(r"Unrecognized options: (--[^\s,=]+)", message)
     if unknown:
         near = next((line.split()[0] for line in lines if line.startswith("--")), None)
         hint = f"did you mean {near}?" if near else "--help lists them all"
         return f"unknown option {unknown[1]}: {hint}"
-    paragraph = itertools.takewhile(bool, lines[1:])  # a rule between paragraphs is empty by now
+    paragraph = itertools.takewhile(bool, lines[1:])  # rules between paragraphs are empty by now
     return " ".join(paragraph) or "cannot read the command line"
 
 
 def cache_compilations() -> None:
-    """Keep what XLA compiles for an accelerator, so that the next start need not compile again.
+    """Cache compiled programs on disk, so that the next start need not compile them again.
 
-    It is kept under the user's cache directory; where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX
-    itself reads that, on every backend. Not for CPUs of its own accord: on some, jaxlib refuses
-    what it kept, with an error line for each program (docs/decisions.md).
+    The cache lies in the user's cache directory. ``JAX_COMPILATION_CACHE_DIR`` takes precedence;
+    JAX reads it itself, on every backend. CPUs get no cache by default: on some, jaxlib rejects its
+    own cached programs and logs an error for each (docs/decisions.md).
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
         return
@@ -72,7 +72,7 @@ def cache_compilations() -> None:
 
 
 def compile_cost() -> tuple[float, int]:
-    """Seconds that this process has spent compiling, and programs that the cache held."""
+    """Seconds spent compiling in this process, and the number of cache hits."""
     return sum(_compile_seconds), sum(_cache_hits)
 
 
@@ -95,7 +95,7 @@ monitoring.register_event_listener(_on_event)
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command: an error that is a sentence is printed, with exit status 2 or 3."""
+    """Run a command; `UsageError` exits with status 2, `StoppedError` with 3."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UsageError as error:
@@ -106,13 +106,20 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = (
+    b"\nstopping after the step under way (the first ones compile for a while); "
+    b"a second signal exits at once and saves nothing\n"
+)
+
+
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM was received, and the work has reached a place where it can stop."""
+    """A signal to stop was received; raised where the work can stop."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -120,9 +127,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Turn SIGINT and SIGTERM into an `Interrupted` at the next call of the function yielded.
+    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` at the next call of the yielded function.
 
-    A second signal interrupts at once. Outside the main thread, where Python allows no signal
+    A second signal ends the process at once. Outside the main thread, where Python allows no signal
     handlers, the function does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -131,22 +138,37 @@ def interruptible() -> Iterator[Callable[[], None]]:
     received: list[int] = []
 
     def handle(signum, frame):
-        if received:
-            raise KeyboardInterrupt
         received.append(signum)
-        os.write(
-            2,
-            b"\nstopping after the step under way (the first ones compile for a while); "
-            b"a second signal exits at once and saves nothing\n",
-        )
+        if len(received) == 1:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, _STOPPING)
 
     def check() -> None:
         if received:
             raise Interrupted(received[0])
 
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    # A handler waits for the interpreter, which an environment may block forever; this pipe gets
+    # the signal's number without it.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        seen = 0
+        while numbers := os.read(reading, 16):
+            seen += sum(number in _SIGNALS for number in numbers)
+            if seen > 1:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides
+                os._exit(130)
+        os.close(reading)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    previous = {s: signal.signal(s, handle) for s in _SIGNALS}
     try:
         yield check
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writing)

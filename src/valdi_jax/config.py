@@ -1,7 +1,7 @@
 """Typed, hashable configuration.
 
-Every field is a command-line option (``--planner.candidates 128``). A configuration checks its
-fields when it is made; `validate` checks what they are to one another.
+Every field is a command-line option (``--planner.candidates 128``). Fields are checked on
+construction; `validate` checks them against one another.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import reprlib
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import field
@@ -26,6 +27,7 @@ T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -33,10 +35,10 @@ Weight = Annotated[float, Field(ge=0)]
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def _section(path: str) -> Callable[[type[T]], type[T]]:
-    """A frozen dataclass whose fields are checked; its options begin with ``--{path}.``.
+    """Make a frozen dataclass with checked fields; its options begin with ``--{path}.``.
 
     Raises:
-        UsageError: where one is made, naming the first field that is out of range.
+        UsageError: on construction, naming the first field that is out of range.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -62,9 +64,9 @@ def _section(path: str) -> Callable[[type[T]], type[T]]:
 
 
 def _complaint(error: Any) -> str:
-    """What is wrong with a value: "is 0; it should be greater than or equal to 1"."""
+    """Describe an invalid value: "is 0; it should be greater than or equal to 1"."""
     wish = error["msg"].removeprefix("Input ").removeprefix("Tuple ")
-    return f"is {error['input']!r}; it {wish}"
+    return f"is {reprlib.repr(error['input'])}; it {wish[:200]}"
 
 
 @_section("env")
@@ -73,20 +75,20 @@ class EnvConfig:
 
     name: Annotated[str, tyro.conf.arg(name="env", prefix_name=False, metavar="NAME")] = "carracing"
     """Environment to train on: carracing, pendulum, mountaincar, lunarlander, bipedalwalker,
-    bipedalwalker-hardcore, or gym:ID for any that is registered with Gymnasium."""
+    bipedalwalker-hardcore, or gym:ID for any environment registered with Gymnasium."""
     max_steps: Natural = 600
     """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
     action_repeat: Count = 1
-    """Environment steps that an action is held for: one step to the agent, with the sum of their
-    rewards. Every other option and figure counts such holds, --env.max-steps alone does not."""
+    """Environment steps for which an action is held; to the agent one step, with their summed
+    reward. All other options and figures count holds, except --env.max-steps."""
     patience: Natural = 0
     """Truncate a training episode after this many environment steps without a positive reward
-    (CarRacing: without a new tile). 0 never does. Evaluation ignores it."""
+    (CarRacing: without a new tile); 0 for never. Evaluation ignores it."""
     render_every: Literal["step", "chunk"] = "step"
-    """Keep the observation after every step, or only that which the planner sees after each chunk:
-    faster to draw and a third to store, but training segments then start at decisions only."""
+    """Keep the observation after every step, or only after each chunk, where the planner sees it:
+    faster to render and a third to store, but training segments then start at decisions only."""
     downsample: Count = 1
-    """CarRacing: side of the pixel blocks that a frame is averaged over; 2 makes frames 48 x 48."""
+    """CarRacing: average each frame over pixel blocks of this side; 2 makes frames 48 x 48."""
 
 
 @_section("model")
@@ -97,13 +99,13 @@ class ModelConfig:
     """World model: diffusion (the paper's transformer), flow (the same, as a rectified flow) or mlp
     (the deterministic one-step baseline)."""
     networks: tuple[str, ...] = ()
-    """Networks that the agent has besides encoder, dynamics, reward and value."""
+    """Additional networks, besides encoder, dynamics, reward and value."""
     latent_dim: Count = 64
     """Size D of the latent."""
     horizon: Count = 5
-    """World-model steps H that are imagined."""
+    """World-model steps H to imagine."""
     chunk: Count = 3
-    """Environment steps C in one world-model step."""
+    """Environment steps C per world-model step."""
     action_dim: tyro.conf.Suppress[Count] = 3
     """Action size A; training takes it from the environment."""
     normalize: bool = False
@@ -117,8 +119,8 @@ class ModelConfig:
         128,
         256,
     )
-    """Channels of the convolutions: the first, three that halve (the third is repeated for images
-    that need more), and the last."""
+    """Channels of the convolutions: the first, three that halve the image (the third repeats for
+    larger images), and the last."""
     diffusion_timesteps: Count = 1000
     """Diffusion timesteps T of the noise schedule."""
     timestep_dim: Count = 32
@@ -142,7 +144,7 @@ class ModelConfig:
     value_width: Count = 512
     """Hidden width of a value head."""
     value_heads: Count = 2
-    """Value heads E, of which the minimum is the value."""
+    """Value heads E; the value is their minimum."""
 
 
 @_section("planner.icem")
@@ -150,28 +152,27 @@ class ICEMConfig:
     """iCEM (Pinneri et al., 2020), in action space."""
 
     noise_exponent: Weight = 2.0
-    """Exponent of the power law that the spectrum of a candidate's noise over time follows: 0 is
-    white noise."""
+    """Exponent of the power-law spectrum of a candidate's noise over time; 0 is white noise."""
     decay: Annotated[float, Field(ge=1)] = 1.25
-    """Factor by which the candidates of each iteration are fewer than those before."""
+    """Factor by which the number of candidates decays in each iteration."""
     kept: Fraction = 0.3
-    """Share of the elites that is kept for the next iteration and the next decision."""
+    """Share of the elites kept for the next iteration and the next decision."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Weight of the mean and standard deviation before in those after an iteration."""
+    """Weight of the previous mean and standard deviation in each refit."""
     std: Positive = 0.5
-    """Standard deviation that a search starts with."""
+    """Initial standard deviation of a search."""
 
 
 @_section("planner.mppi")
 class MPPIConfig:
-    """MPPI as TD-MPC2 has it (Hansen et al., 2024), in action space."""
+    """MPPI as in TD-MPC2 (Hansen et al., 2024), in action space."""
 
     temperature: Positive = 0.5
     """Factor on the returns in the softmax that weights the elites."""
     min_std: Positive = 0.05
-    """Least standard deviation of the sampling distribution."""
+    """Minimum standard deviation of the sampling distribution."""
     max_std: Positive = 2.0
-    """Greatest standard deviation of the sampling distribution; a search starts with it."""
+    """Maximum standard deviation of the sampling distribution, and its initial value."""
 
 
 @_section("planner")
@@ -181,28 +182,28 @@ class PlannerConfig:
     kind: str = "cem"
     """cem (the paper's cross-entropy method), icem or mppi."""
     candidates: Count = 512
-    """Action sequences N sampled in each iteration (iCEM: in the first)."""
+    """Action sequences N sampled per iteration (iCEM: in the first)."""
     elites: Annotated[int, Field(ge=2)] = 64
-    """Best sequences K that the next mean and standard deviation come from."""
+    """Best sequences K, which give the next mean and standard deviation."""
     iterations: Count = 10
     """Iterations I."""
     diffusion_steps: Count = 1
-    """DDIM steps for each imagined trajectory."""
+    """DDIM steps per imagined trajectory."""
     answer: Literal["best", "mean"] = "best"
-    """Answer with the best sequence seen over all iterations, or with the final elite mean."""
+    """Return the best sequence of all iterations, or the final elite mean."""
     action_hold: Count = 1
-    """Environment steps for which candidates and exploration noise hold an action; it divides
+    """Environment steps for which candidates and exploration noise hold an action; must divide
     --model.chunk."""
     correlation: Fraction = 0.0
-    """Correlation of the noise from one held action of a plan to the next: of exploration, and of
+    """Correlation between the noise of successive held actions in a plan, for exploration and for
     CEM's candidates."""
     warm_start: bool = False
-    """CEM: start the search at the mean of the plan before, moved on by the chunk that was
-    executed, rather than at zero, as the other planners do."""
+    """CEM: start the search at the previous plan's mean, shifted by the executed chunk, instead of
+    at zero. The other planners always do."""
     shared_noise: bool = False
-    """Start every candidate of a plan from one noise draw, rather than each from its own."""
+    """Start all candidates of a plan from one noise draw instead of one each."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that candidates are imagined and scored in; the encoder stays in float32."""
+    """Precision in which candidates are imagined and scored; the encoder stays in float32."""
     icem: ICEMConfig = field(default_factory=ICEMConfig)
     mppi: MPPIConfig = field(default_factory=MPPIConfig)
 
@@ -216,17 +217,17 @@ class LearnConfig:
     batch_size: Count = 256
     """Segments B in a batch."""
     updates_per_step: Weight = 0.1
-    """Updates for each environment step collected; 0.1 is 60 for a full CarRacing episode."""
+    """Updates per environment step collected; 0.1 is 60 for a full CarRacing episode."""
     learning_rate: Share = 3e-4
     """Adam's learning rate."""
-    adam_b1: Share = 0.9
+    adam_b1: Decay = 0.9
     """Adam's first-moment decay."""
-    adam_b2: Share = 0.999
+    adam_b2: Decay = 0.999
     """Adam's second-moment decay."""
     max_grad_norm: Positive = 10.0
-    """Global gradient norm to clip at."""
+    """Global gradient norm at which to clip."""
     ema_rate: Share = 0.005
-    """Share of the online parameters that enters the moving average after each update."""
+    """Weight of the online parameters in the moving average at each update."""
     discount: Share = 0.99
     """Discount per environment step."""
     diffusion_weight: Weight = 1.0
@@ -236,32 +237,33 @@ class LearnConfig:
     value_weight: Weight = 0.01
     """Weight of the temporal-difference loss."""
     sigreg_weight: Fraction = 0.05
-    """Weight of SIGReg; one minus it weights all the rest."""
+    """Weight of SIGReg; one minus it scales all other terms."""
     sigreg_directions: Count = 1024
-    """Random directions that SIGReg projects on."""
+    """Random directions that SIGReg projects onto."""
     sigreg_knots: Annotated[int, Field(ge=2)] = 17
     """Points at which the characteristic functions are compared."""
     bootstrap_terminal: bool = True
     """Bootstrap the TD target through a terminal step, as the reference does."""
     reward_scale: Positive = 1.0
-    """Factor on the rewards that the heads learn from; it changes no reported return."""
+    """Factor on the rewards that the heads learn; reported returns are not scaled."""
     updates_per_dispatch: Count = 8
-    """Updates made in one call, at most, where the replay is on the device."""
+    """Maximum updates per call, where the replay buffer is on the device."""
     devices: Natural = 0
-    """Devices that share an update; 0 for all accelerators that there are, and one where devices
-    are only parts of a CPU, which an update fills by itself."""
+    """Devices that share an update; 0 for all accelerators that split the batch evenly, or one on a
+    CPU, which a single update already fills."""
     nonfinite_limit: Count = 10
-    """Updates in a row with a loss or gradient that is not finite, or planner answers likewise,
-    after which training stops."""
+    """Stop training after this many consecutive updates with a non-finite loss or gradient, or this
+    many consecutive episodes without a finite planner score."""
     td_encoder: Literal["online", "ema"] = "online"
-    """Encoder whose latents the TD target is taken at (the reference: online)."""
+    """Encoder of the TD target's latents (the reference: online)."""
     td_lambda: Fraction = 0.0
     """Weight of longer returns in the TD target, up to the end of the segment: TD(lambda), without
-    a correction for older policies. 0 is the reference's one-step target."""
+    off-policy correction. 0 is the reference's one-step target."""
     mirror: bool = False
-    """CarRacing: exchange left and right in half of the training segments."""
+    """CarRacing: mirror half of the training segments left to right."""
     random_shift: Natural = 0
-    """Shift the frames of each training segment by up to this many pixels each way, all alike."""
+    """Shift the frames of each training segment by up to this many pixels each way, the same for
+    all its frames."""
 
 
 @_section("collect")
@@ -269,26 +271,26 @@ class CollectConfig:
     """How experience is collected."""
 
     source: str = "environment"
-    """Where episodes come from: environment, those that the agent acts in."""
+    """Where episodes come from: environment (rollouts of the agent)."""
     episodes: Count = 5000
-    """Training episodes, the seed episodes included."""
+    """Training episodes, including the seed episodes."""
     seed_episodes: Natural = 10
     """Episodes collected by the untrained planner before the first update."""
     num_envs: Count = 1
-    """Environments stepped in parallel, each in a worker process when there are several."""
+    """Environments stepped in parallel; if several, each in a worker process."""
     overlap: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
-    """Collect the next episodes while learning from those before, with parameters that lack these
-    updates. The updates per environment step stay the same."""
+    """Collect the next episodes while learning from the previous ones, with parameters that lack
+    these updates. The ratio of updates to environment steps stays the same."""
     worker_timeout: Positive = 60.0
-    """Seconds after which a worker process that does not answer is replaced by a new one."""
+    """Seconds after which an unresponsive worker process is replaced."""
     noise_start: Weight = 0.25
-    """Standard deviation of the exploration noise at first, added before tanh."""
+    """Initial standard deviation of the exploration noise, added before tanh."""
     noise_end: Weight = 0.05
     """Standard deviation of the exploration noise after the decay."""
     noise_hold: Natural = 250
-    """Episodes at the first noise level, counted after the seed episodes."""
+    """Episodes at the initial noise level, counted after the seed episodes."""
     noise_decay: Natural = 250
-    """Episodes over which the noise then falls linearly."""
+    """Episodes over which the noise then decays linearly."""
 
 
 @_section("replay")
@@ -296,14 +298,14 @@ class ReplayConfig:
     """The replay buffer."""
 
     capacity: Count = 1000
-    """Episodes kept; the oldest goes first."""
+    """Episodes kept; the oldest is dropped first."""
     sampling: Literal["episode", "step"] = "episode"
-    """Draw training segments evenly from the episodes, as the reference does, or from the steps in
-    all of them, so that a long episode counts for as many short ones as it has their steps."""
+    """Draw training segments uniformly over episodes, as the reference does, or uniformly over the
+    steps of all episodes, which favours long ones."""
     placement: Literal["auto", "device", "host"] = "auto"
-    """Where training segments are gathered: from a copy of the episodes on the device, several
-    updates in one call, or on the host. auto: on an accelerator, if they fit and --env.max-steps
-    says how long they can be."""
+    """Where training segments are gathered: device (from a copy of the episodes there, several
+    updates per call) or host. auto: device on an accelerator, if the episodes fit and
+    --env.max-steps bounds their length."""
 
 
 @_section("eval")
@@ -313,7 +315,7 @@ class EvalConfig:
     every: Natural = 250
     """Training episodes between evaluations; 0 for none."""
     episodes: Annotated[int, Field(ge=1, le=100)] = 5
-    """Episodes of each evaluation: the first of 100 fixed reset seeds (CarRacing: tracks)."""
+    """Episodes per evaluation: the first of 100 fixed reset seeds (CarRacing: tracks)."""
 
 
 @_section("checkpoint")
@@ -328,7 +330,7 @@ class CheckpointConfig:
 
 @_section("")
 class Config:
-    """Everything that defines a run."""
+    """All settings of a run."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -339,10 +341,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: Natural = 0
-    """Seed that everything random in the run follows from."""
+    """Seed of all randomness in the run."""
 
     def replace(self, **sections: dict[str, Any]) -> Config:
-        """A configuration that differs in some fields: ``config.replace(model={"chunk": 2})``.
+        """A copy with some fields changed: ``config.replace(model={"chunk": 2})``.
 
         Raises:
             TypeError: if there is no such field.
@@ -357,9 +359,9 @@ class Config:
 
     @functools.cached_property
     def graph(self) -> Config:
-        """This configuration, with all that shapes no compiled program at its default.
+        """A copy in which all fields that do not affect compiled programs have their defaults.
 
-        Compiled functions take this one, so that another seed, say, compiles nothing again.
+        Compiled functions take this one, so that e.g. another seed does not recompile.
         """
         host = ("updates_per_step", "updates_per_dispatch", "devices", "nonfinite_limit")
         defaults: dict[str, Any] = {
@@ -378,18 +380,18 @@ class Config:
 
     @property
     def search_shape(self) -> tuple[int, int]:
-        """Shape ``[H * C / hold, A]`` of what the planner searches: one action a hold."""
+        """Shape ``[H * C / hold, A]`` of the searched sequence: one action per hold."""
         steps, size = self.plan_shape
         return steps // self.planner.action_hold, size
 
     @property
     def frame_stride(self) -> int:
-        """Environment steps between the observations that are kept."""
+        """Environment steps between stored observations."""
         return self.model.chunk if self.env.render_every == "chunk" else 1
 
     @property
     def episode_steps(self) -> int:
-        """Steps that an episode can have at most, 0 where only the environment knows."""
+        """Maximum steps of an episode; 0 if only the environment knows."""
         return -(-self.env.max_steps // self.env.action_repeat)
 
     @property
@@ -399,7 +401,7 @@ class Config:
 
 
 def validate(config: Config) -> None:
-    """Check what the fields are to one another.
+    """Check the fields against one another.
 
     Raises:
         UsageError: naming the first that does not fit.
@@ -457,7 +459,7 @@ def validate(config: Config) -> None:
 
 
 def leaves(data: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a configuration as plain data, with its path: ``("learn.discount", 0.99)``."""
+    """Fields of a configuration as plain data, with their paths: ``("learn.discount", 0.99)``."""
     for name, value in data.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{path}{name}.")
@@ -471,10 +473,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(data: Any) -> Config:
-    """A configuration from plain JSON data, strictly.
+    """Read a configuration strictly from plain JSON data.
 
-    Fields that are missing, as they were added since, take their defaults: these mean what was done
-    before there was the field (`added_since` names them).
+    Missing fields, unknown when the data was written, take their defaults, which reproduce the
+    behaviour of that time (`added_since` names them).
 
     Raises:
         UsageError: naming the first field that is unknown, of another type or out of range.
@@ -486,7 +488,8 @@ def from_dict(data: Any) -> Config:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(part for part in map(str, first["loc"]) if not part.isdigit())
-        name = name if name.isprintable() else ascii(name)  # a line break, say
+        name = name if name.isprintable() else ascii(name)  # e.g. a line break
+        name = name[:80]
         if first["type"] == "unexpected_keyword_argument":
             raise UsageError(f"configuration field {name} is unknown") from None
         raise UsageError(f"configuration field {name} {_complaint(first)}") from None
@@ -496,7 +499,7 @@ _READER = pydantic.TypeAdapter(Config)
 
 
 def added_since(data: dict[str, Any]) -> list[str]:
-    """Fields and sections that a configuration, read from plain JSON data, has by default alone."""
+    """Fields that are missing from plain JSON data and so take their defaults."""
 
     def absent(data: dict[str, Any], whole: dict[str, Any], path: str) -> Iterator[str]:
         for name, value in whole.items():

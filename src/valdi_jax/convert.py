@@ -75,7 +75,7 @@ def _transformer(depth: int) -> Iterator[tuple[ParamPath, str]]:
 
 
 def parameter_names(config: Config) -> dict[ParamPath, str]:
-    """The reference's name for every parameter of ours, by its path in the parameter dict."""
+    """The reference's name of every parameter, by its path in our parameter dict."""
 
     def pairs() -> Iterator[tuple[ParamPath, str]]:
         for i in range(len(config.model.cnn_channels)):
@@ -104,7 +104,7 @@ def parameter_names(config: Config) -> dict[ParamPath, str]:
 
 
 def _to_ours(tensor: np.ndarray, path: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
-    """Linear weights are stored [out, in] there, convolutions [out, in, height, width]."""
+    """Reorder linear weights [out, in] and convolutions [out, in, height, width]."""
     if path[-1] == "kernel":
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
     elif path[-1].endswith("_marker") or path[-1].endswith("_markers"):
@@ -116,13 +116,13 @@ def params_from_reference(tensors: Mapping[str, np.ndarray], config: Config) -> 
     """Our parameters from tensors under the reference's names.
 
     Args:
-        tensors: every tensor of one network set, e.g. ``{"reward.layers.0.weight": ...}``.
-        config: the configuration they belong to (``model.dynamics`` decides the world model).
+        tensors: every tensor of one set of networks, e.g. ``{"reward.layers.0.weight": ...}``.
+        config: their configuration (``model.dynamics`` decides the world model).
 
     Returns: the nested parameter dict, float32.
 
     Raises:
-        ValueError: naming the first tensor that is missing, left over, of another shape or not
+        ValueError: naming the first tensor that is missing, unknown, of another shape or not
             finite.
     """
     names = parameter_names(config)
@@ -157,15 +157,15 @@ def params_from_reference(tensors: Mapping[str, np.ndarray], config: Config) -> 
 
 
 def reference_observation() -> Observation:
-    """An all-zero observation of the CarRacing agent, the only one the reference knows."""
+    """An all-zero observation of CarRacing, the reference's only environment."""
     return Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
 
 
 def config_from_reference(settings: Mapping[str, Any]) -> Config:
-    """Our configuration from the settings that a checkpoint of the reference carries.
+    """Our configuration from the settings in a reference checkpoint.
 
     Raises:
-        UsageError: if its dynamics is one that this package does not have.
+        UsageError: if its dynamics is unknown, or a setting is not a number.
     """
     paper = PRESETS["paper"]
     ours = {
@@ -195,6 +195,8 @@ def config_from_reference(settings: Mapping[str, Any]) -> Config:
             value = settings.get(theirs, getattr(defaults, name))
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise UsageError(f"setting {theirs!r} of the checkpoint is {value!r}, not a number")
+            if kind is int and value != int(value):
+                raise UsageError(f"setting {theirs!r} of the checkpoint is {value}, not an integer")
             values[name] = kind(value)
         sections[section] = dataclasses.replace(defaults, **values)
     model_config = dataclasses.replace(sections["model"], dynamics=dynamics)
@@ -204,9 +206,9 @@ def config_from_reference(settings: Mapping[str, Any]) -> Config:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], Config]:
-    """Tensors and configuration of a checkpoint file of the reference.
+    """Tensors and configuration of a reference checkpoint.
 
-    Only tensors and plain data are read (``weights_only=True``): nothing in the file is executed.
+    Only tensors and plain data are read (``weights_only=True``); nothing in the file is executed.
 
     Raises:
         UsageError: if torch is missing or too old, or the file is not such a checkpoint.
@@ -223,19 +225,24 @@ def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], Config]:
         raise UsageError(f"{path} is not a file")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many kinds, for a file that is damaged, hostile or not torch's
+    except Exception:  # many kinds, for a damaged, hostile or foreign file
         raise UsageError(f"{path} is not a checkpoint of tensors and plain data") from None
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         raise UsageError(f"{path} is not a checkpoint of the reference: it has no 'model'")
     settings = stored.get("cfg", {})
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is not a checkpoint of the reference: its 'cfg' is not a table")
-    # The noise schedule is stored with the weights; ours follows from the configuration.
-    tensors = {
-        name: tensor.numpy()
-        for name, tensor in stored["model"].items()
-        if isinstance(tensor, torch.Tensor) and name != "alphas_cumprod"
-    }
+    # The reference stores the noise schedule; ours follows from the configuration.
+    tensors = {}
+    for name, tensor in stored["model"].items():
+        if not isinstance(tensor, torch.Tensor) or name == "alphas_cumprod":
+            continue
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or not tensor.dtype.is_floating_point:
+            raise UsageError(
+                f"{path}: {name!r} is no dense tensor of real numbers ({tensor.dtype})"
+            )
+        tensors[name] = tensor.detach().to(torch.float32).numpy()
     return tensors, config_from_reference(settings)
 
 
@@ -250,7 +257,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command."""
     arguments = cli.parse(
         Arguments,
         argv,
@@ -262,8 +269,9 @@ def main(argv: Sequence[str]) -> int:
         params = params_from_reference(tensors, config)
     except ValueError as error:
         raise UsageError(f"{arguments.checkpoint}: {error}") from error
-    checkpoint.create_run(arguments.out, config)
-    checkpoint.save_params(arguments.out, params)
+    with checkpoint.lock(arguments.out):
+        checkpoint.create_run(arguments.out, config)
+        checkpoint.save_params(arguments.out, params)
     print(f"{arguments.out}: {model.parameter_count(params):,} parameters")
     return 0
 

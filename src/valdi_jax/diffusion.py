@@ -1,4 +1,4 @@
-"""Noise schedule, v-prediction and the DDIM sampler; knows no network (paper, Supp. A.2)."""
+"""Noise schedule, v-prediction and DDIM sampler (paper, Supp. A.2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_noise(clean: Array, noise: Array, alpha_bar: Array) -> Array:
 
 
 def velocity_target(clean: Array, noise: Array, alpha_bar: Array) -> Array:
-    """The velocity [...] that the network regresses (equation 7); shapes as in `add_noise`."""
+    """Regression target [...] of the network (equation 7); shapes as in `add_noise`."""
     chex.assert_equal_shape([clean, noise])
     return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * clean
 
@@ -38,7 +38,7 @@ def denoise(noised: Array, velocity: Array, alpha_bar: Array) -> Array:
 
 
 def ddim_timesteps(steps: int, timesteps: int) -> list[int]:
-    """The ``steps`` timesteps that DDIM visits, falling from T - 1.
+    """The ``steps`` timesteps that DDIM visits, descending from T - 1.
 
     Raises:
         ValueError: if ``steps`` is not in 1 .. T.
@@ -62,7 +62,7 @@ def ddim(
     visited = ddim_timesteps(steps, timesteps)
     schedule = alpha_bars(timesteps)
     here = schedule[visited]
-    # alpha_bar = 1 after the last step: the move then returns the clean estimate itself.
+    # alpha_bar = 1 after the last step, which therefore returns the clean estimate.
     there = np.append(here[1:], np.float32(1))
 
     def step(sample, inputs):

@@ -1,9 +1,9 @@
-"""Errors that are said in one sentence, as opposed to defects."""
+"""Errors that the user can act on, as opposed to bugs."""
 
 
 class UsageError(Exception):
-    """Bad input, said in one sentence; the commands print it and exit with status 2."""
+    """Bad input. The message is one sentence; the commands print it and exit with status 2."""
 
 
 class StoppedError(Exception):
-    """Work that cannot go on, said in one sentence; the commands exit with status 3."""
+    """Work that cannot continue. The message is one sentence; the commands exit with status 3."""

@@ -21,7 +21,7 @@ from valdi_jax import cli
 from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
-from valdi_jax.envs import evaluation_seeds, interface_of, make_env
+from valdi_jax.envs import evaluation_seeds, interface_of, make_env, own_env
 from valdi_jax.envs.workers import LocalPool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.planners import PLANNERS
@@ -29,7 +29,7 @@ from valdi_jax.run import checkpoint
 from valdi_jax.run.manifest import write_json
 from valdi_jax.types import Params
 
-_FRAMES_PER_SECOND = 50  # of a video, where the environment does not say
+_FRAMES_PER_SECOND = 50  # of a video, if the environment does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Arguments:
     """Command line of the evaluation command."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory, of which the last checkpoint is taken, one of its checkpoints, an exported
-    agent, or the name of one that comes with the package, such as carracing."""
+    """Run directory (its newest checkpoint), one of its checkpoints, an exported agent, or the name
+    of a bundled agent, such as carracing."""
     episodes: int = 100
     """How many of the 100 fixed episodes (CarRacing: tracks) to run."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
@@ -63,8 +63,8 @@ def evaluate(
 ) -> list[Rollout]:
     """Roll out the first of the 100 fixed episodes without exploration noise.
 
-    The planner's keys follow from the episode's seed, so the same parameters act the same way.
-    A CarRacing episode is scored over all its frames, terminal or not, as in the paper.
+    The planner's keys derive from the episode's seed, so the same parameters act the same way.
+    CarRacing is scored over all frames, terminal or not, as in the paper.
 
     Args:
         params: parameters of all networks.
@@ -74,9 +74,9 @@ def evaluate(
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
 
-    Returns: one result an episode, in order; of its observations it holds the last alone.
+    Returns: one rollout per episode, in order, with only its last observation.
     """
-    factory = functools.partial(make, config.env, training=False)
+    factory = functools.partial(own_env, make, config.env, training=False)
     interface = interface_of(factory)
     config = config.replace(model={"action_dim": interface.action_dim})
     pool = make_pool(
@@ -84,7 +84,7 @@ def evaluate(
         num_envs,
         example=interface.example,
         chunk=config.model.chunk,
-        last_only=True,  # nothing is learnt from what the planner does not see
+        last_only=True,  # the planner sees no others
         timeout=config.collect.worker_timeout,
     )
     try:
@@ -115,7 +115,7 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
 
 
 def record_video(params: Params, config: Config, path: Path) -> Rollout:
-    """Record the first fixed episode, the same that `evaluate` scores.
+    """Record the first episode of `evaluate`.
 
     Raises:
         UsageError: if the file cannot be written, or the optional dependency is missing.
@@ -128,13 +128,13 @@ def record_video(params: Params, config: Config, path: Path) -> Rollout:
     (rollout,) = roll_out(params, pool, evaluation_jobs(1), config=config, keep_observations=False)
     fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
     frames = [np.asarray(frame) for frame in env.render()]
-    write(frames, fps / config.env.action_repeat)  # there is one frame of each hold
+    write(frames, fps / config.env.action_repeat)  # one frame per hold
     pool.close()
     return rollout
 
 
 def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
-    """A function that writes frames to ``path``, checked before anything runs."""
+    """A function that writes frames to ``path``, which is checked at once."""
     if path.suffix not in (".gif", ".mp4"):
         raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
     _check_writable(path)
@@ -144,19 +144,19 @@ def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
         raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
 
     def write(frames: list[np.ndarray], fps: float) -> None:
-        if path.suffix == ".gif":  # a dozen frames a second at half the size are small enough
+        if path.suffix == ".gif":  # 12 frames a second at half the size keep it small
             every = max(1, round(fps / 12.5))
             frames = [frame[::2, ::2] for frame in frames[::every]]
             imageio.imwrite(path, frames, duration=1000 * every / fps, loop=0)
         else:
-            # Even sides are all that the codec needs; imageio would scale to multiples of 16.
+            # The codec only needs even sides; imageio would scale to multiples of 16.
             imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG", macro_block_size=2)
 
     return write
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UsageError now rather than after an hour."""
+    """Raise UsageError early if a file cannot be written."""
     existed = path.exists()
     try:
         with path.open("ab"):
@@ -168,10 +168,10 @@ def _check_writable(path: Path) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAgent]:
-    """The command line, and the agent, its configuration with the planner that is asked for.
+    """Parse the command line; the agent's configuration gets the planner options.
 
     Raises:
-        UsageError: if it cannot be understood, or RUN is not an agent.
+        UsageError: if an option is invalid, or RUN is not an agent.
     """
     parse = functools.partial(
         cli.parse,
@@ -180,7 +180,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
         prog="python -m valdi_jax.evaluate",
         description="Evaluate a trained agent on fixed episodes.",
     )
-    # The run is known only after a first reading; its planner is the default of the second.
+    # The first pass finds the run, whose planner gives the defaults of the second.
     agent = checkpoint.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
     config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
@@ -195,7 +195,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command."""
     arguments, agent = parse_arguments(argv)
     config = agent.config
     cli.cache_compilations()
@@ -209,6 +209,11 @@ def main(argv: Sequence[str]) -> int:
         validate(each)
     if arguments.json:
         _check_writable(arguments.json)
+    if agent.made_by:
+        raise UsageError(
+            f"{arguments.run} was trained on environments that {agent.made_by} makes: evaluate it "
+            "from a program, with evaluate(..., make=...)"
+        )
     interface = interface_of(functools.partial(make_env, config.env, training=False))
     if interface.action_dim != config.model.action_dim:
         raise UsageError(

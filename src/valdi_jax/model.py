@@ -1,4 +1,4 @@
-"""The agent's networks behind plain functions of one parameter dict."""
+"""The agent's networks as pure functions of one parameter dict."""
 
 from __future__ import annotations
 
@@ -31,31 +31,28 @@ __all__ = [
     "values",
 ]
 
-_ENCODER_TILE = 64  # observations encoded at once on a CPU
+_ENCODER_TILE = 64  # observations per encoder pass on a CPU
 
-# Networks that an agent may have besides its own: (key, *, config) -> parameters.
+# Networks besides the agent's own: (key, *, config) -> parameters.
 NETWORKS: Registry[Callable[..., Params]] = Registry("--model.networks", {})
 
 
 def init_params(key: Array, observation: Observation, *, config: Config) -> Params:
-    """Parameters of all networks, initialised as the reference does.
+    """Initialise all networks as the reference does.
 
-    Args:
-        key: PRNG key.
-        observation: one example (or its ``jax.ShapeDtypeStruct``s), with any leading axes.
-        config: the run's configuration.
+    ``observation`` is one example (or its ``jax.ShapeDtypeStruct``s), with any leading axes.
 
     Raises:
-        UsageError: if the configuration names a network or dynamics that there is not.
+        UsageError: if a network or the dynamics in the configuration is unknown.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
     return _init_params(key, shapes, config.graph)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # or each layer's draws compile by themselves
+@functools.partial(jax.jit, static_argnums=(1, 2))  # else each initialiser compiles separately
 def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     model = config.model
-    # Another network's key is appended: those before it stay the same.
+    # Keys of additional networks come last, so that the others stay the same.
     encoder_key, dynamics_key, reward_key, value_key, *others = jax.random.split(
         key, 4 + len(model.networks)
     )
@@ -76,7 +73,7 @@ def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
 
 
 def parameter_count(params: Params) -> int:
-    """Trainable parameters in all."""
+    """Number of trainable parameters."""
     trainable = {name: tree for name, tree in params.items() if name != "normalizer"}
     return sum(x.size for x in jax.tree.leaves(trainable))
 
@@ -92,7 +89,7 @@ def encode(params: Params, observation: Observation, *, config: Config) -> Array
 
 
 def encode_targets(params: Params, observation: Observation, *, config: Config) -> Array:
-    """Latents [B, steps, D] of observations [B, steps, ...], cut off from the gradient."""
+    """Latents [B, steps, D] of observations [B, steps, ...], without gradient."""
     params = jax.lax.stop_gradient(params)
     lead = observation.lead
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observation)
@@ -102,8 +99,8 @@ def encode_targets(params: Params, observation: Observation, *, config: Config) 
 
     latents = jax.lax.platform_dependent(
         flat,
-        # A tile's activations stay in the cache: 1.7 times as fast as all at once. Not for passes
-        # with gradient: within a loop XLA's CPU convolution gradients are many times slower.
+        # Tiles keep the activations in the CPU cache: 1.7 times as fast as one pass. Not for passes
+        # with gradient: in a loop, XLA's CPU convolution gradients are many times slower.
         cpu=lambda flat: jax.lax.map(encode_all, flat, batch_size=_ENCODER_TILE),
         default=encode_all,
     )
@@ -117,11 +114,10 @@ def imagine(
 
     Args:
         params: parameters of the dynamics.
-        z: [..., D] latent to start from.
+        z: [..., D] initial latent.
         actions: [..., H, C * A] action chunks.
-        noise: [..., H, D] standard normal that a generative model starts from.
-        config: the model's configuration.
-        steps: of the sampler; a deterministic model ignores it.
+        noise: [..., H, D] standard normal, the start of a generative model's sampler.
+        steps: of the sampler; ignored by deterministic models.
     """
     lead = z.shape[:-1]
     chex.assert_shape(z, (*lead, config.latent_dim))
@@ -138,7 +134,7 @@ def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:
-    """Estimates [E, ...] of every value head at a latent [..., D]."""
+    """Estimates [E, ...] of all value heads at a latent [..., D]."""
     chex.assert_shape(z, (..., config.model.latent_dim))
     return apply(ValueHeads(config.model), params["value"], z)
 

@@ -1,4 +1,4 @@
-"""What an agent sees. Needs NumPy alone, so that an environment's process needs no more."""
+"""The agent's observations; needs no JAX, because environment processes import it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 
 class Observation(NamedTuple):
-    """One observation, or several under leading axes.
+    """One observation, or several with leading axes.
 
-    A modality that an environment lacks is ``None`` and costs nothing.
+    A missing modality is ``None`` and costs nothing.
     """
 
     image: Any = None  # [..., height, width, channels] uint8
@@ -16,5 +16,5 @@ class Observation(NamedTuple):
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The leading axes, which both modalities share."""
+        """The leading axes, shared by both modalities."""
         return self.vector.shape[:-1] if self.image is None else self.image.shape[:-3]

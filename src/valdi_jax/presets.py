@@ -1,4 +1,4 @@
-"""Named configurations, and which of them suits an environment."""
+"""Named configurations, and the default one of each environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from valdi_jax.errors import UsageError
 
 _PAPER = Config()
 
-# For tasks seen as a vector: no images, so smaller networks learn the same in less time.
+# For vector observations: without images, smaller networks learn the same in less time.
 _VECTOR = Config(
     env=EnvConfig(name="gym", max_steps=0),
     model=ModelConfig(
@@ -51,8 +51,8 @@ _VECTOR = Config(
     checkpoint=CheckpointConfig(every=25),
 )
 
-# Its falls are over in fifteen decisions, standing lasts four hundred: by episode, nearly all that
-# is learnt from would be falls, and it never dares a step.
+# An episode lasts fifteen decisions if the agent falls, four hundred if it stands. Sampled by
+# episode, nearly all segments would be falls, and the agent would never learn to step.
 _WALKER = _VECTOR.replace(
     env={"name": "bipedalwalker", "action_repeat": 4},
     model={"chunk": 1},
@@ -64,10 +64,10 @@ _WALKER = _VECTOR.replace(
 
 
 PRESETS: dict[str, Config] = {
-    # Every value of Table 3 of the paper.
+    # Every value of the paper's Table 3.
     "paper": _PAPER,
-    # What learns most for an hour of a CPU: small networks on small frames leave time for data, and
-    # more is made of each segment; docs/results.md has what each part of it was worth.
+    # Learns most in an hour on a CPU: small networks and frames leave time to collect data, and
+    # each segment is used more. docs/results.md has the contribution of each part.
     "cpu": dataclasses.replace(
         _PAPER,
         env=EnvConfig(patience=75, downsample=2),
@@ -100,7 +100,7 @@ PRESETS: dict[str, Config] = {
         eval=EvalConfig(every=50),
         checkpoint=CheckpointConfig(every=10),
     ),
-    # A smoke run on the real environment: over in about a minute, learns nothing worth having.
+    # A smoke test on the real environment: takes about a minute and learns nothing useful.
     "tiny": dataclasses.replace(
         _PAPER,
         env=EnvConfig(max_steps=60),
@@ -141,7 +141,7 @@ PRESETS: dict[str, Config] = {
         collect={"episodes": 40},
         eval={"every": 20, "episodes": 20},
     ),
-    # A landing counts once the engines have rested for a while, which single steps never try.
+    # A landing counts only after the engines rest for a while, which single steps never explore.
     "lunarlander": _VECTOR.replace(
         env={"name": "lunarlander", "action_repeat": 4},
         model={"chunk": 1},
@@ -155,14 +155,10 @@ PRESETS: dict[str, Config] = {
 
 
 def default_config(env: str | None, preset: str | None) -> Config:
-    """The configuration that a command line starts from.
-
-    Args:
-        env: name of the environment, ``None`` for that of the preset.
-        preset: name of the preset, ``None`` for that which suits the environment.
+    """The defaults of a command line, in which either name may be missing.
 
     Raises:
-        UsageError: if there is no such preset.
+        UsageError: if the preset is unknown.
     """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -175,8 +171,8 @@ def default_config(env: str | None, preset: str | None) -> Config:
     if env == config.env.name:
         return config
     if suited is PRESETS["gym"] and config.env.name != "carracing":
-        return config.replace(env={"name": env})  # nothing is known of it: like the preset's own
-    # The sizes and budgets of the preset, with what the environment asks for.
+        return config.replace(env={"name": env})  # unknown environment: keep the preset's settings
+    # The preset's sizes and budgets, with the environment's task settings.
     return config.replace(
         env=dataclasses.asdict(suited.env) | {"name": env},
         model={"normalize": suited.model.normalize, "chunk": suited.model.chunk},

@@ -1,4 +1,4 @@
-"""The members of a family by name: an idea is one file and one line in a registry."""
+"""Registries of interchangeable components: a component is one file and one entry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """Members by name. A name that is not there is answered with those that are.
-
-    Args:
-        option: that chooses a member, such as ``--model.dynamics``.
-        members: that come with the package; others may be added like to any dict.
+    """Components by name, selected with the command-line ``option``.
 
     Raises:
-        UsageError: where a name that is not there is looked up.
+        UsageError: on look-up of an unknown name, suggesting or listing known ones.
     """
 
     def __init__(self, option: str, members: dict[str, T]):

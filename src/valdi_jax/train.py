@@ -1,12 +1,13 @@
 """Train an agent: ``python -m valdi_jax.train --env carracing``.
 
-What trains is imported when it is needed: the environments' processes import this module too.
+Training code is imported lazily, because environment processes import this module too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,17 +31,17 @@ class Arguments:
     """Command line of the training command."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in
-    an hour of one core), tiny (a smoke run of about a minute), pendulum, mountaincar,
-    lunarlander, bipedalwalker, bipedalwalker-hardcore, or gym (any other environment). By default
-    what suits the environment: paper for carracing."""
+    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in an hour
+    of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
+    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment). By default the
+    environment's own: paper for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory of the run; a new one under runs/ if not given."""
+    """Directory of the run; by default a new one under runs/."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """Run directory to continue from its last checkpoint."""
+    """Run directory to resume from its last checkpoint."""
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
-    """Start a new run from the parameters of a run, a checkpoint, an exported agent, or one that
-    comes with the package; without --preset, with its settings as well."""
+    """Start a new run from the parameters of a run, a checkpoint, an exported agent or a bundled
+    one; without --preset, with its settings as well."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -53,24 +54,24 @@ def train(
     make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
 ) -> AgentState:
-    """Collect and learn until there are ``config.collect.episodes`` episodes.
+    """Train until ``config.collect.episodes`` episodes are collected.
 
     Args:
         config: the run's configuration.
-        run_dir: where it is kept (see `run.checkpoint`).
-        resume: go on from the last checkpoint rather than start a run.
+        run_dir: where it is stored (see `run.checkpoint`).
+        resume: continue from the last checkpoint instead of starting a run.
         init_from: agent whose parameters a new run starts from (see `run.checkpoint.open_agent`).
-        make: called as ``make(config.env, training=True)`` for an environment to train in, and with
-            ``training=False`` for one to be scored in; it must pickle if there are several.
+        make: called as ``make(config.env, training=True)`` for training and with ``training=False``
+            for evaluation; must be picklable if there are several environments.
         console: where progress is shown.
 
     Returns: the trained agent.
 
     Raises:
-        UsageError: if the directory cannot serve, the configuration is not valid, it is not
-            that of the run to go on with, or the parameters to start from do not fit it.
-        cli.Interrupted: after Ctrl-C or SIGTERM, once a checkpoint is written.
-        StoppedError: if losses or scores stay not finite, or an environment is lost for good,
+        UsageError: if the directory cannot be used, the configuration is invalid or not that of the
+            resumed run, or the initial parameters do not fit it.
+        cli.Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
+        StoppedError: if losses or scores stay non-finite, or an environment is lost repeatedly,
             likewise.
     """
     from valdi_jax.run import loop
@@ -81,10 +82,10 @@ def train(
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The command line, on top of the preset or of the run that it continues.
+    """Parse the command line; defaults come from the preset or the resumed run.
 
     Raises:
-        UsageError: if it cannot be understood.
+        UsageError: if an option is invalid.
     """
     from valdi_jax import cli
     from valdi_jax.run import checkpoint
@@ -117,22 +118,24 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
-    """The value given to an option that decides the defaults of all others."""
+    """The last value of an option that decides the defaults of all others."""
+    found = None
     for token, following in zip(argv, [*argv[1:], None], strict=True):
         if token.replace("_", "-") == option:
-            return following
-        if token.replace("_", "-").startswith(option + "="):
-            return token.split("=", 1)[1]
-    return None
+            found = following
+        elif token.replace("_", "-").startswith(option + "="):
+            found = token.split("=", 1)[1]
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Run the command."""
     from valdi_jax import cli
 
     arguments = parse_arguments(argv)
     cli.cache_compilations()
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Unique also among the jobs of an array that start in the same second.
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     run_dir = (
         arguments.resume
         or arguments.run_dir

@@ -1,17 +1,17 @@
-"""The data that flows through the system.
+"""Shared data structures.
 
 Shape legend, used in every docstring of this package:
 
     B  batch                              H  horizon, in world-model steps (5)
-    N  candidates of a planner (512)      C  chunk: environment steps a world-model step (3)
+    N  candidates of a planner (512)      C  chunk: environment steps per world-model step (3)
     K  elites of a planner (64)           A  action size (3)
     I  iterations of a planner (10)       D  latent size (64)
     T  diffusion timesteps (1000)         E  value heads (2)
                                           S  actions searched: H * C / planner.action_hold
 
-A chunk of actions is stored flat, ``[C * A]``. Rewards are per environment step; the discount is
-per environment step too, so one world-model step discounts by ``discount ** C``. With
-``env.action_repeat`` an environment step is a whole hold.
+Action chunks are stored flat, ``[C * A]``. Rewards and the discount are per environment step, so
+one world-model step discounts by ``discount ** C``. With ``env.action_repeat``, one hold
+counts as one environment step.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from valdi_jax.observation import Observation
 
 Array = jax.Array
 Params = dict[str, Any]
-Draws = dict[str, Any]  # the randomness of one update, by the term of the objective
+Draws = dict[str, Any]  # random draws of one update, by objective term
 
 
 class Batch(struct.PyTreeNode):
-    """Training segments: H + 2 observations that are C environment steps apart.
+    """Training segments: H + 2 observations, C environment steps apart.
 
-    Where an episode terminated within a chunk, the chunks after it are padding.
+    Chunks after a terminal one are padding.
     """
 
     observations: Observation  # [B, H + 2, ...]
     actions: Array | np.ndarray  # [B, H + 1, C * A], in [-1, 1]
     rewards: Array | np.ndarray  # [B, H + 1, C]
-    terminals: Array | np.ndarray  # [B, H + 1] float32, 1 where it terminated within the chunk
+    terminals: Array | np.ndarray  # [B, H + 1] float32, 1 if terminated within the chunk
 
 
 class AgentState(struct.PyTreeNode):
-    """Everything that an update changes."""
+    """The state that an update changes."""
 
     params: Params  # online networks: encoder, dynamics, reward, value
     ema_params: Params  # exponential moving average of params
@@ -52,11 +52,11 @@ class AgentState(struct.PyTreeNode):
 
 
 class Plan(struct.PyTreeNode):
-    """What the planner answers."""
+    """Result of a plan."""
 
     actions: Array  # [H * C, A] in [-1, 1], one row an environment step
-    predicted_return: Array  # [] discounted return that the model predicts, exploration aside; in
-    # rewards times learn.reward_scale, and what lies beyond the horizon is the value's estimate
+    predicted_return: Array  # [] predicted discounted return of the plan without exploration noise,
+    # including the value estimate beyond the horizon; scaled by learn.reward_scale
     mean: Array  # [H * C, A] of the last sampling distribution, before the planner's squash
     std: Array  # [H * C, A] of the last sampling distribution, before the planner's squash
-    carry: Any = None  # what the next plan of the episode starts from, if anything
+    carry: Any = None  # planner state for the episode's next plan, if any

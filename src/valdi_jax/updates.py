@@ -22,7 +22,7 @@ from valdi_jax.types import AgentState, Array, Batch, Draws, Params
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam behind a global-norm clip (paper, Table 3)."""
+    """Adam with global-norm clipping (paper, Table 3)."""
     learn = config.learn
     return optax.chain(
         optax.clip_by_global_norm(learn.max_grad_norm),
@@ -31,13 +31,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def init_state(key: Array, observation: Observation, *, config: Config) -> AgentState:
-    """A fresh agent.
-
-    Args:
-        key: PRNG key.
-        observation: one example, without a batch axis, that the encoder is built for.
-        config: the run's configuration.
-    """
+    """Initialise an agent; ``observation`` is one example, without a batch axis."""
     params_key, key = jax.random.split(key)
     params = init_params(params_key, observation, config=config)
     return _first_state(params, key, config.graph)
@@ -55,19 +49,19 @@ def _first_state(params: Params, key: Array, config: Config) -> AgentState:
 
 
 def start_from(state: AgentState, params: Params) -> AgentState:
-    """A fresh agent that has these parameters, its moving average likewise."""
+    """Replace the parameters of a fresh agent, and their moving average."""
     params, ema_params = (jax.tree.map(jnp.array, params) for _ in range(2))
     return state.replace(params=params, ema_params=ema_params)
 
 
 def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
-    """Let new vector observations [n, size] enter the normalisation, if the agent has one."""
+    """Update the normaliser, if there is one, with vector observations [n, size]."""
     if "normalizer" not in state.params:
         return state
     before = state.params["normalizer"]
-    # Laid out as before, or the update would be compiled for another layout.
+    # Keep the layout, because another one would recompile the update.
     statistics = jax.device_put(merge(before, vectors), jax.tree.map(lambda x: x.sharding, before))
-    # The EMA's own copy, as both are donated to the update.
+    # The EMA gets a copy, because the update donates both.
     return state.replace(
         params={**state.params, "normalizer": statistics},
         ema_params={**state.ema_params, "normalizer": jax.tree.map(jnp.copy, statistics)},
@@ -75,13 +69,12 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
 
 
 def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedSharding] | None:
-    """How to lay a state and a batch over several devices; ``None`` for one.
+    """Shardings of a state and a batch over several devices; ``None`` for one.
 
-    The state is on every device, the batch is split. The update needs no other change: its means,
-    those of SIGReg among them, stay means over the whole batch.
+    The state is replicated, the batch is split. Means are still over the whole batch, SIGReg's too.
 
     Raises:
-        UsageError: if there are fewer devices, or they cannot share the batch evenly.
+        UsageError: if there are fewer devices, or they do not split the batch evenly.
     """
     if devices == 1:
         return None
@@ -99,7 +92,7 @@ def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedShardi
 def apply_update(
     state: AgentState, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
-    """`update` with its randomness given as data, neither jitted nor donating."""
+    """`update` with given random draws, neither jitted nor donating."""
     grads, metrics = jax.grad(objective, has_aux=True)(
         state.params, state.ema_params, batch, draws, config=config
     )
@@ -107,7 +100,10 @@ def apply_update(
     params = optax.apply_updates(state.params, updates)
     ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
     metrics["grad/norm"] = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(metrics["grad/norm"])
+    # The step too: an optimizer may turn finite gradients into non-finite steps.
+    metrics["update/norm"] = optax.tree.norm(updates)
+    checked = (metrics["loss/total"], metrics["grad/norm"], metrics["update/norm"])
+    finite = jnp.isfinite(jnp.stack(checked)).all()
     metrics["update/refused"] = 1 - finite.astype(jnp.float32)
     params, ema_params, optimizer = jax.tree.map(
         functools.partial(jnp.where, finite),
@@ -123,14 +119,14 @@ def apply_update(
 def update(
     state: AgentState, batch: Batch, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
-    """One optimizer step, then the EMA. The state given is donated: use the one returned.
+    """One optimizer step, then the EMA. The state is donated: use the returned one.
 
-    An update whose loss or gradient is not finite changes nothing but the count of steps.
+    If the loss or gradient is not finite, only the step count changes.
 
     Returns:
-        The new state, and scalar metrics: every loss term, the gradient norm before clipping, the
-        mean value, the latents' standard deviation, and ``update/refused``, which is 1 where the
-        update was not finite.
+        The new state, and scalar metrics. These are every loss term, the norms of the gradient
+        (before clipping) and of the step, the mean value, the latents' standard deviation, and
+        ``update/refused``, 1 if the update was not finite.
     """
     return _jitted_update(state, batch, config=config.graph)
 
@@ -149,14 +145,13 @@ _jitted_update = jax.jit(_update, static_argnames=("config",), donate_argnums=(0
 def update_from_store(
     state: AgentState, store: Store, segments: Segments, count: Array | np.int32, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
-    """Several updates in one call, their batches gathered on the device.
+    """Several updates in one call, with batches gathered on the device.
 
     Args:
-        state: the agent, donated: use the one returned.
-        store: the replay on the device.
+        state: the agent, donated: use the returned one.
+        store: the replay buffer on the device.
         segments: [K, B, ...] of K updates.
-        count: [] int32, how many of these to make, 1 .. K: one program serves all.
-        config: the run's configuration.
+        count: [] int32, how many of these to make, 1 .. K; it does not recompile.
 
     Returns: the new state, and the metrics of `update`, each [K]; 0 for updates not made.
     """

@@ -1,1 +1,1 @@
-"""Episodes: where they come from, how they are kept, what is drawn from them."""
+"""Episodes: collection, storage and sampling."""

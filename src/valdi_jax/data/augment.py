@@ -1,4 +1,4 @@
-"""Training segments changed in ways that leave the task the same."""
+"""Augmentation of training segments that leaves the task unchanged."""
 
 from __future__ import annotations
 
@@ -11,29 +11,23 @@ import numpy as np
 from valdi_jax.config import Config
 from valdi_jax.types import Array, Batch
 
-# CarRacing's vector (`envs.carracing.read_proprio`) with left and right exchanged: speed, ABS of
-# the wheels front left, front right, rear left, rear right, steering, gyroscope. Of its actions,
-# steering, gas and brake, only the first has a side.
+# Mirrors CarRacing's vector (`envs.carracing.read_proprio`): speed, ABS of the wheels front left,
+# front right, rear left, rear right, steering, gyroscope. Of the actions, steering, gas and brake,
+# only steering changes its sign.
 _MIRRORED = np.array([0, 2, 1, 4, 3, 5, 6])
 _SIGNS = np.array([1, 1, 1, 1, 1, -1, -1], np.float32)
 _ACTION_SIGNS = np.array([-1, 1, 1], np.float32)
 
 
 class AugmentDraws(NamedTuple):
-    """Which changes are made; ``None`` makes none."""
+    """Random draws of the augmentations; ``None`` for those that are off."""
 
-    mirrored: Array | None = None  # [B] bool, segments whose left and right are exchanged
-    shifts: Array | None = None  # [B, 2] int32, pixels that their frames are shifted by
+    mirrored: Array | None = None  # [B] bool, segments to mirror
+    shifts: Array | None = None  # [B, 2] int32, shifts in pixels
 
 
 def draw(keys: Array, batch_size: int, *, config: Config) -> AugmentDraws:
-    """Changes of ``batch_size`` segments as ``learn.mirror`` and ``learn.random_shift`` ask for.
-
-    Args:
-        keys: [2] PRNG keys.
-        batch_size: segments B.
-        config: the run's configuration.
-    """
+    """Draws for ``learn.mirror`` and ``learn.random_shift`` of B segments, from [2] keys."""
     learn, most = config.learn, config.learn.random_shift
     return AugmentDraws(
         mirrored=jax.random.bernoulli(keys[0], 0.5, (batch_size,)) if learn.mirror else None,
@@ -42,7 +36,7 @@ def draw(keys: Array, batch_size: int, *, config: Config) -> AugmentDraws:
 
 
 def augment(batch: Batch, draws: AugmentDraws) -> Batch:
-    """The batch with the changes that ``draws`` holds."""
+    """Apply the augmentations in ``draws`` to a batch."""
     if draws.mirrored is not None:
         batch = jax.vmap(lambda x, mirrored: _select(mirrored, mirror(x), x))(batch, draws.mirrored)
     if draws.shifts is not None and batch.observations.image is not None:
@@ -52,7 +46,7 @@ def augment(batch: Batch, draws: AugmentDraws) -> Batch:
 
 
 def mirror(segment: Batch) -> Batch:
-    """A CarRacing segment as on the mirrored track.
+    """Mirror a CarRacing segment left to right.
 
     Raises:
         ValueError: if it is of another environment.
@@ -71,10 +65,10 @@ def mirror(segment: Batch) -> Batch:
 
 
 def shift(images: Array, by: Array) -> Array:
-    """Frames [..., height, width, channels] moved down and right by [2] pixels, edges repeated.
+    """Shift frames [..., height, width, channels] down and right by [2] pixels, repeating edges.
 
-    As DrQ's random shifts (Kostrikov et al., 2020), but all frames of a segment alike, so that the
-    dynamics stay the same.
+    DrQ's random shift (Kostrikov et al., 2020), but the same for all frames of a segment, so that
+    the dynamics do not change.
     """
     for axis, pixels in zip((-3, -2), by, strict=True):
         size = images.shape[axis]

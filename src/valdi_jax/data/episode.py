@@ -1,4 +1,4 @@
-"""One episode as it happened."""
+"""The record of one episode."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from valdi_jax.observation import Observation
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One episode of L environment steps, as it happened.
+    """One episode of L environment steps.
 
-    Its F observations are the first, every ``config.frame_stride``-th that followed, and the last.
+    The F observations are the first, every ``config.frame_stride``-th after it, and the last.
     """
 
     observations: Observation  # [F, ...]
@@ -21,7 +21,7 @@ class Episode:
     rewards: np.ndarray  # [L] float32
     terminated: bool  # it ended in a terminal state
     truncated: bool  # it was cut off by a limit
-    seed: int  # the environment was reset with
+    seed: int  # of the environment's reset
 
     def __len__(self) -> int:
         return len(self.rewards)

@@ -1,4 +1,4 @@
-"""Trajectory ring buffer: whole episodes in, training segments out (paper, Table 3)."""
+"""Replay buffer: a ring of whole episodes, sampled as training segments (paper, Table 3)."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ from valdi_jax.types import Array, Batch
 
 
 class Segments(struct.PyTreeNode):
-    """Where the segments of a batch lie."""
+    """Positions of a batch's segments in the replay buffer."""
 
-    slots: Array | np.ndarray  # [B] int32, of their episodes in the ring
+    slots: Array | np.ndarray  # [B] int32, ring slots of their episodes
     frames: Array | np.ndarray  # [B, H + 2] int32, of their observations within the episode
     steps: Array | np.ndarray  # [B, (H + 1) * C] int32, of actions and rewards within the episode
     within: Array | np.ndarray  # [B, (H + 1) * C] float32, 0 beyond a terminal state
-    terminals: Array | np.ndarray  # [B, H + 1] float32, 1 where it terminated within the chunk
+    terminals: Array | np.ndarray  # [B, H + 1] float32, 1 if terminated within the chunk
 
 
 class Replay:
     """The last ``config.replay.capacity`` episodes, in memory.
 
-    A full CarRacing episode takes 16.6 MB, the paper's thousand of them 16.6 GB; a third where only
-    the frames that the planner sees are drawn.
+    A full CarRacing episode takes 16.6 MB and the paper's thousand 16.6 GB; a third of that if only
+    the frames that the planner sees are kept.
     """
 
     def __init__(self, config: Config):
         self._config = config
         self._ring: list[Episode] = []
-        self._oldest = 0  # its slot
+        self._oldest = 0  # slot of the oldest episode
 
     def add(self, episode: Episode) -> int:
-        """Append an episode; the oldest leaves when the buffer is full.
-
-        Returns: the slot of the ring that it took.
-        """
+        """Append an episode, replacing the oldest if full; returns its slot in the ring."""
         if len(self._ring) < self._config.replay.capacity:
             self._ring.append(episode)
             return len(self._ring) - 1
@@ -56,11 +53,11 @@ class Replay:
         return any(self._starts(episode) for episode in self._ring)
 
     def _starts(self, episode: Episode) -> int:
-        """How many places a segment of an episode can start at, each a frame.
+        """Number of frames at which a segment of an episode can start.
 
-        A segment fits within its episode, unless that ends in a terminal state that the TD target
-        stops at: such a segment may reach beyond the end, so that the last steps are learnt from as
-        often as the others, however short the episode is.
+        Segments lie within their episode. If the TD target stops at terminal states, segments of a
+        terminated episode may reach beyond its end, so that its last steps are drawn as often as
+        the others, however short it is.
         """
         if episode.terminated and not self._config.learn.bootstrap_terminal:
             steps = len(episode)
@@ -69,11 +66,9 @@ class Replay:
         return -(-steps // self._config.frame_stride)
 
     def draw(self, rng: np.random.Generator, batch_size: int) -> Segments:
-        """Draw segments, evenly from episodes or from places to start (``replay.sampling``).
+        """Draw B segments, uniformly over episodes or over start frames (``replay.sampling``).
 
-        Args:
-            rng: source of the draws; the same state gives the same segments.
-            batch_size: segments B.
+        The same state of ``rng`` gives the same segments.
 
         Raises:
             ValueError: if no episode is long enough to hold a segment.
@@ -102,7 +97,7 @@ class Replay:
         last = (steps == ends[:, None] - 1) & terminated[:, None]
         return Segments(
             slots=slots.astype(np.int32),
-            # The last frame is that of the end, even where it ends between two strides.
+            # The last frame is the episode's last, even between two strides.
             frames=-(-np.minimum(frames, ends[:, None]) // stride).astype(np.int32),
             steps=np.minimum(steps, ends[:, None] - 1).astype(np.int32),
             within=(steps < ends[:, None]).astype(np.float32),
@@ -112,7 +107,7 @@ class Replay:
         )
 
     def gather(self, segments: Segments) -> Batch:
-        """The segments' data. Beyond an end the last observation is repeated, all else is 0."""
+        """The segments' data. Beyond an end the last observation repeats, all else is 0."""
         drawn = [self._ring[slot] for slot in segments.slots]
 
         def stack(arrays: list[np.ndarray], indices: Array | np.ndarray) -> np.ndarray:
@@ -134,7 +129,7 @@ def batch_of(
     rewards: Array | np.ndarray,
     segments: Segments,
 ) -> Batch:
-    """The data of segments, of which what lies beyond an end becomes 0."""
+    """Batch of segments, with actions and rewards beyond an episode's end set to 0."""
     lead = segments.terminals.shape
     return Batch(
         observations=observations,

@@ -1,4 +1,4 @@
-"""Rollouts: the planner acts in environments, which gives episodes."""
+"""Rollouts: the planner acts in environments to collect episodes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from valdi_jax.observation import Observation
 from valdi_jax.planners import first_carry, plan
 from valdi_jax.types import Array, Params
 
-_EPISODE_LOSSES = 5  # of its environment, after which an episode is given up
+_EPISODE_LOSSES = 5  # lost environments, after which an episode is given up
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """An episode to roll out."""
 
-    seed: int  # to reset the environment with
-    key: Array  # of the episode; each decision folds its number into it
+    seed: int  # of the environment's reset
+    key: Array  # each decision folds its number into it
 
 
 @dataclasses.dataclass
 class Rollout:
-    """A finished episode and how it came about."""
+    """A finished episode and its statistics."""
 
     episode: Episode
-    predicted_return: float  # mean over the decisions of what the planner expected
+    predicted_return: float  # mean over the decisions
     plan_seconds: np.ndarray  # [decisions] wall time of each planner call
     env_seconds: np.ndarray  # [decisions] wall time waited for each chunk of environment steps
 
@@ -61,8 +61,7 @@ def plan_batch(
         keys: [B] keys of the episodes.
         decisions: [B] int32, the number of each decision within its episode.
         noise_std: [] exploration noise.
-        carries: [B, ...] of the plans before; not read where a decision is its episode's first.
-        config: the run's configuration.
+        carries: [B, ...] of the previous plans; ignored for an episode's first decision.
 
     Returns: first chunks [B, C, A], predicted returns [B], carries for the next plans.
     """
@@ -79,16 +78,14 @@ def plan_batch(
 
 
 def first_carries(batch: int, config: Config) -> Any:
-    """What `plan_batch` takes for ``batch`` environments before it has planned, on the host."""
+    """Initial ``carries`` of `plan_batch` for ``batch`` environments, on the host."""
     return jax.tree.map(lambda x: np.stack([x] * batch), jax.device_get(first_carry(config)))
 
 
 def exploration_noise(episode: int, config: CollectConfig) -> float:
-    """Standard deviation of the exploration noise: held, then falling linearly.
+    """Standard deviation of the exploration noise: constant, then decaying linearly.
 
-    Args:
-        episode: counted from the first after the seed episodes, which are negative.
-        config: the schedule.
+    ``episode`` counts from the first after the seed episodes, which are negative.
     """
     progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
     progress = min(max(progress, 0.0), 1.0)
@@ -106,31 +103,30 @@ def roll_out(
     keep_observations: bool = True,
     on_decision: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
-    """An episode for every job, the planner batched over the environments of the pool.
+    """Roll out one episode per job, the planner batched over the pool's environments.
 
-    An environment that is done takes the next job. With none left it idles while the others
-    finish; its place in the planner's batch is computed in vain, so that no batch of another size
-    compiles. An episode whose environment is lost on the way is begun again.
+    A finished environment takes the next job. If none is left it idles while the others finish; its
+    place in the planner's batch is filled anyway, so that no other batch size compiles. An episode
+    whose environment is lost restarts.
 
     Args:
         params: parameters to plan with.
         pool: the environments.
         jobs: the episodes.
-        config: the run's configuration.
         noise_std: exploration noise.
-        groups: of environments, each planned for in its turn while the others step.
-        keep_observations: whether the episodes are to hold them all, or the last alone.
-        on_decision: called before every planner call; what it raises ends the rollouts.
+        groups: of environments; one is planned for while the others step.
+        keep_observations: whether episodes hold all observations, or only the last.
+        on_decision: called before every planner call; an exception ends the rollouts.
 
     Returns: the episodes in the order of the jobs.
 
     Raises:
-        StoppedError: if an episode has lost its environment too often: it would again.
+        StoppedError: if an episode loses its environment too often.
     """
     jobs, config = list(jobs), config.graph
     waiting = list(enumerate(jobs))[::-1]
     finished: dict[int, Rollout] = {}
-    losses: Counter[int] = Counter()  # of an environment, by the job
+    losses: Counter[int] = Counter()  # lost environments of each job
     width = -(-pool.size // groups)
     parts = [part.tolist() for part in np.array_split(np.arange(pool.size), groups) if len(part)]
     under_way: list[dict[int, _Slot]] = [{} for _ in parts]
@@ -170,7 +166,7 @@ def roll_out(
                 carries[group],
                 config=config,
             )
-            # All to the host: a carry laid out as the parameters are would compile it again.
+            # To the host: a carry with the parameters' sharding would recompile the call.
             actions, predicted, carries[group] = jax.device_get((actions, predicted, carry))
             planned = time.perf_counter()
             chosen = {index: actions[part.index(index)] for index in slots}
@@ -188,9 +184,9 @@ def roll_out(
 def _receive(
     pool: Pool, slots: dict[int, _Slot], finished: dict[int, Rollout], keep_observations: bool
 ) -> list[_Slot]:
-    """Take in what the chunks led to that these environments were sent.
+    """Add the results of the environments' chunks to their slots.
 
-    Returns: those whose environment was lost.
+    Returns: the slots that lost their environment.
     """
     start = time.perf_counter()
     answers = pool.receive(list(slots))
@@ -212,12 +208,12 @@ def _receive(
 
 @dataclasses.dataclass
 class _Slot:
-    """An episode under way in one environment."""
+    """An episode in progress in one environment."""
 
     number: int
     job: Job
     observations: list[Observation]
-    chunk: np.ndarray = dataclasses.field(init=False)  # of actions [C, A] being taken
+    chunk: np.ndarray = dataclasses.field(init=False)  # actions [C, A] being taken
     actions: list[np.ndarray] = dataclasses.field(default_factory=list)
     rewards: list[float] = dataclasses.field(default_factory=list)
     decisions: int = 0
@@ -228,7 +224,7 @@ class _Slot:
     def finish(self, terminated: bool, truncated: bool) -> Rollout:
         episode = Episode(
             observations=jax.tree.map(lambda *x: np.stack(x), *self.observations),
-            actions=np.concatenate(self.actions),
+            actions=np.concatenate(self.actions).astype(np.float32),
             rewards=np.array(self.rewards, np.float32),
             terminated=terminated,
             truncated=truncated,

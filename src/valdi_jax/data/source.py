@@ -1,9 +1,10 @@
-"""Where a run's episodes come from."""
+"""Sources of a run's episodes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,13 +14,14 @@ import numpy as np
 
 from valdi_jax.config import Config
 from valdi_jax.data.rollout import Job, Rollout, exploration_noise, roll_out
-from valdi_jax.envs import evaluation_seeds, interface_of
+from valdi_jax.envs import evaluation_seeds, interface_of, own_env
 from valdi_jax.envs.workers import Pool, make_pool
+from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.registry import Registry
 from valdi_jax.types import Params
 
-Interrupt = Callable[[], None]  # raises once the work is to stop
+Interrupt = Callable[[], None]  # raises if the work is to stop
 
 
 @dataclasses.dataclass
@@ -37,62 +39,68 @@ class Source(Protocol):
 
     Attributes:
         example: one observation, without a batch axis.
-        config: the run's configuration, with what follows from the source.
+        config: the run's configuration, with the settings that the source determines.
     """
 
     example: Observation
     config: Config
 
     def next_round(self, progress: Progress) -> range:
-        """Numbers of the episodes that come next."""
+        """Numbers of the episodes to collect next."""
 
     def collect(
         self, params: Params, numbers: Sequence[int], interrupt: Interrupt
     ) -> list[Rollout]:
-        """These episodes, with the parameters of now."""
+        """Collect these episodes with the current parameters."""
 
     def count(self, progress: Progress, rollouts: Sequence[Rollout]) -> None:
         """Add the episodes of a round to the counters."""
 
     def due(self, progress: Progress) -> int:
-        """Updates that there have to have been since the run began."""
+        """Updates due since the run began."""
 
     def evaluate(self, params: Params, interrupt: Interrupt) -> list[Rollout]:
-        """Fixed episodes without exploration noise."""
+        """Roll out the fixed episodes without exploration noise."""
 
     def notices(self) -> list[str]:
-        """What is to be said of its work since they were last asked for."""
+        """Messages about its work since the last call."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its resources."""
 
 
 class Environments:
-    """The environments that a configuration names, in which the agent itself acts.
+    """Rollouts of the agent in the environments that a configuration names.
 
-    Args:
-        config: the run's configuration.
-        make: called as ``make(config.env, training=True)`` for an environment to train in, and with
-            ``training=False`` for one to be scored in; it must pickle if there are several.
+    ``make`` is called as ``make(config.env, training=True)`` for training and with
+    ``training=False`` for evaluation; it must be picklable if there are several environments.
 
     Raises:
-        UsageError: if an agent cannot see or act in them.
+        UsageError: if their observations or actions are not supported.
     """
 
     def __init__(self, config: Config, make: Callable[..., gym.Env]):
-        self._make = make
-        interface = interface_of(functools.partial(make, config.env, training=True))
+        if config.collect.num_envs > 1:
+            try:
+                pickle.dumps(make)
+            except Exception as error:
+                raise UsageError(
+                    f"{make!r} cannot be sent to worker processes ({error}): define it at module "
+                    "level"
+                ) from error
+        self._factory = functools.partial(own_env, make, config.env)
+        interface = interface_of(functools.partial(self._factory, training=True))
         self.example = interface.example
         self.config = config.replace(model={"action_dim": interface.action_dim})
         self._key = jax.random.split(jax.random.key(config.seed))[1]
-        self._restarts = 0  # of workers, that were said
+        self._restarts = 0  # of workers, already reported
 
     @functools.cached_property
     def pool(self) -> Pool:
-        """The environments, made when they are first needed."""
+        """The environments, made on first use."""
         config = self.config
         return make_pool(
-            functools.partial(self._make, config.env, training=True),
+            functools.partial(self._factory, training=True),
             config.collect.num_envs,
             example=self.example,
             chunk=config.model.chunk,
@@ -101,14 +109,13 @@ class Environments:
         )
 
     def next_round(self, progress: Progress) -> range:
-        """One episode in every environment."""
+        """One episode per environment."""
         first, collect = progress.episodes, self.config.collect
         return range(first, min(first + collect.num_envs, collect.episodes))
 
     def collect(
         self, params: Params, numbers: Sequence[int], interrupt: Interrupt
     ) -> list[Rollout]:
-        """See `Source`; with exploration noise."""
         return roll_out(
             params,
             self.pool,
@@ -120,12 +127,11 @@ class Environments:
         )
 
     def noise_std(self, number: int) -> float:
-        """Exploration noise of an episode."""
         collect = self.config.collect
         return exploration_noise(number - collect.seed_episodes, collect)
 
     def count(self, progress: Progress, rollouts: Sequence[Rollout]) -> None:
-        """See `Source`; nothing is owed for the seed episodes."""
+        """See `Source`; no updates are due for the seed episodes."""
         steps = [len(rollout.episode) for rollout in rollouts]
         seeding = max(0, self.config.collect.seed_episodes - progress.episodes)
         progress.episodes += len(steps)
@@ -133,13 +139,11 @@ class Environments:
         progress.learning_steps += sum(steps[seeding:])
 
     def due(self, progress: Progress) -> int:
-        """Updates by the ratio of updates to environment steps."""
-        # The ratio is a decimal: a hair is added so that 0.1 of 30 steps is 3, however it rounds.
+        # The margin is for rounding: 0.1 of 30 steps must be 3.
         return int(progress.learning_steps * self.config.learn.updates_per_step + 1e-6)
 
     def evaluate(self, params: Params, interrupt: Interrupt) -> list[Rollout]:
-        """See `Source`."""
-        factory = functools.partial(self._make, self.config.env, training=False)
+        factory = functools.partial(self._factory, training=False)
         with self.pool.serving("evaluation", factory, last_only=True):
             return roll_out(
                 params,
@@ -151,7 +155,6 @@ class Environments:
             )
 
     def notices(self) -> list[str]:
-        """See `Source`."""
         lost, self._restarts = self.pool.restarts - self._restarts, self.pool.restarts
         if not lost:
             return []
@@ -161,18 +164,17 @@ class Environments:
         ]
 
     def close(self) -> None:
-        """End the environments, if there are any yet."""
         if "pool" in self.__dict__:
             self.pool.close()
 
     def _job(self, number: int) -> Job:
-        """Training episode ``number``: its seed and key follow from the run's seed alone."""
+        """Training episode ``number``; its seed and key depend on the run's seed alone."""
         seed = np.random.default_rng([1, self.config.seed, number]).integers(2**31 - 1)
         return Job(int(seed), jax.random.fold_in(self._key, number))
 
 
 def evaluation_jobs(episodes: int) -> list[Job]:
-    """The first of the 100 fixed episodes; the planner's keys follow from their seeds."""
+    """The first of the 100 fixed episodes; the planner's keys derive from their seeds."""
     key = jax.random.key(0)
     return [Job(seed, jax.random.fold_in(key, seed)) for seed in evaluation_seeds(episodes)]
 

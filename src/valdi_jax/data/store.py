@@ -1,4 +1,4 @@
-"""The replay's episodes on the device, to gather segments from within a compiled update."""
+"""Episodes of the replay buffer on the device, where compiled updates gather segments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from valdi_jax.types import Array, Batch
 
 
 class Store(struct.PyTreeNode):
-    """A replay's episodes on the device, each in its slot E, padded to the longest possible."""
+    """Episodes on the device, one per slot E, padded to the maximum length L."""
 
     observations: Observation  # [E, F, ...], images in uint8
     actions: Array | np.ndarray  # [E, L, A]
@@ -27,11 +27,7 @@ class Store(struct.PyTreeNode):
 
 
 def store_shapes(example: Observation, config: Config) -> Store:
-    """Shapes and dtypes of a run's store.
-
-    Args:
-        example: one observation, without a batch axis.
-        config: the run's configuration.
+    """Shapes and dtypes of a run's store; ``example`` is one observation without a batch axis.
 
     Raises:
         UsageError: if its episodes have no known limit.
@@ -44,7 +40,7 @@ def store_shapes(example: Observation, config: Config) -> Store:
         )
     slots = min(config.replay.capacity, config.collect.episodes)
     frames = -(-length // config.frame_stride) + 1
-    shape: Any = jax.ShapeDtypeStruct  # Any: it stands here for the array of that shape
+    shape: Any = jax.ShapeDtypeStruct  # Any: it stands for the array of that shape
     return Store(
         observations=jax.tree.map(lambda x: shape((slots, frames, *x.shape), x.dtype), example),
         actions=shape((slots, length, config.model.action_dim), jnp.float32),
@@ -53,10 +49,10 @@ def store_shapes(example: Observation, config: Config) -> Store:
 
 
 def store_episode(store: Store, slot: int, episode: Episode) -> Store:
-    """Put an episode into a slot. The store given is donated: use the one returned.
+    """Put an episode into a slot. The store is donated: use the returned one.
 
     Raises:
-        UsageError: if the episode is longer than the store's.
+        UsageError: if the episode is too long for the store.
     """
     if len(episode) > store.rewards.shape[1]:
         raise UsageError(
@@ -79,7 +75,7 @@ def _put(store: Store, slot: Array, episode: Store) -> Store:
 
 
 def gather(store: Store, segments: Segments) -> Batch:
-    """`Replay.gather` from a store, to be compiled into an update."""
+    """`Replay.gather` from a store, for compiled updates."""
     slots = segments.slots[:, None]
     return batch_of(
         jax.tree.map(lambda x: x[slots, segments.frames], store.observations),

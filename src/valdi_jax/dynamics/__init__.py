@@ -1,4 +1,4 @@
-"""World models: each is a file here and a line in the registry."""
+"""World models, one file each, and their registry."""
 
 from valdi_jax.dynamics import diffusion, flow, mlp
 from valdi_jax.dynamics.base import Dynamics

@@ -1,4 +1,4 @@
-"""What a world model is."""
+"""The interface of a world model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Dynamics(NamedTuple):
 
     Attributes:
         init: (key, *, config) -> parameters.
-        draw: (keys [2], batch size, *, config) -> the randomness of one update, any pytree.
+        draw: (keys [2], batch size, *, config) -> random draws of one update, any pytree.
         predict: (params, z [B, D], actions [B, H, C * A], targets [B, H, D], valid [B, H], draws,
-            *, config) -> loss [] and the predicted latents [B, H, D] that the heads are trained on.
+            *, config) -> loss [] and predicted latents [B, H, D], on which the heads are trained.
             ``valid`` is 0 where a target is padding.
         imagine: (params, z [..., D], actions [..., H, C * A], noise [..., H, D], *, config, steps)
-            -> latents [..., H, D] that follow z. ``steps`` are those of the sampler, if any.
+            -> latents [..., H, D] that follow z. ``steps`` are the sampler's, if any.
     """
 
     init: Callable[..., Any]
@@ -31,12 +31,12 @@ class Dynamics(NamedTuple):
 
 
 def dummies(config: ModelConfig) -> tuple[Array, Array]:
-    """A latent [1, D] and action chunks [1, H, C * A] of zeros, to initialise networks with."""
+    """Zero latent [1, D] and action chunks [1, H, C * A], for initialisation."""
     actions = jnp.zeros((1, config.horizon, config.chunk * config.action_dim))
     return jnp.zeros((1, config.latent_dim)), actions
 
 
 def masked_mean(x: Array, valid: Array) -> Array:
-    """Mean [] of x over the entries where ``valid``, which broadcasts against it, is 1."""
+    """Mean [] of x where ``valid``, which broadcasts against it, is 1."""
     valid = jnp.broadcast_to(valid, x.shape)
     return jnp.sum(x * valid) / jnp.sum(valid)

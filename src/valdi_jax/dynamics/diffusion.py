@@ -26,7 +26,7 @@ class DiffusionTransformer(TrajectoryTransformer):
 
 
 class DiffusionDraws(NamedTuple):
-    """The randomness of one update."""
+    """Random draws of one update."""
 
     noise: Array  # [B, H, D] standard normal
     timesteps: Array  # [B] int32, uniform on 0 .. T - 1
@@ -83,7 +83,7 @@ def imagine(
     """Latents that follow z, by ``steps`` steps of DDIM from ``noise``; shapes as in `Dynamics`."""
 
     def velocity_fn(noised: Array, timestep: Array) -> Array:
-        # The sampler keeps its own precision, whatever the network computes in.
+        # The sampler keeps its own precision, independent of the network's.
         answer = velocity(params, z, actions, noised.astype(z.dtype), timestep, config=config)
         return answer.astype(noised.dtype)
 

@@ -1,7 +1,7 @@
 """The rectified-flow world model of the authors' code (Liu et al., 2022).
 
-Time t runs from noise at 0 to data at 1: x_t = (1 - t) noise + t data. The network regresses the
-velocity u = data - noise, and x_t + (1 - t) u is its estimate of the data.
+Time t runs from 0 (noise) to 1 (data): x_t = (1 - t) noise + t data. The network regresses the
+velocity u = data - noise; its estimate of the data is x_t + (1 - t) u.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HIGHEST_FREQUENCY = 1000.0
 
 
 class FlowDraws(NamedTuple):
-    """The randomness of one update."""
+    """Random draws of one update."""
 
     noise: Array  # [B, H, D] standard normal
     times: Array  # [B] float32, uniform on [0, 1)
@@ -33,7 +33,7 @@ class FlowDraws(NamedTuple):
 def frequencies(count: int) -> np.ndarray:
     """Frequencies [count] float32 from 1 to 1000 in geometric progression.
 
-    To the bit those of the reference: at the highest, features move by 2e-3 with the rounding.
+    Bitwise those of the reference: rounding the highest shifts its features by 2e-3.
     """
     last = np.float32(math.log(_HIGHEST_FREQUENCY))
     logarithms = _linspace(float(last), float(np.float32(last / max(count - 1, 1))), count)
@@ -41,7 +41,7 @@ def frequencies(count: int) -> np.ndarray:
 
 
 def euler_times(steps: int) -> np.ndarray:
-    """The times [steps + 1] float32 from 0 to 1 that Euler's method passes."""
+    """Times [steps + 1] float32 of Euler's method, from 0 to 1."""
     return _linspace(1.0, float(np.float32(1 / steps)), steps + 1)
 
 
@@ -55,7 +55,7 @@ def _linspace(last: float, step: float, count: int) -> np.ndarray:
 def time_features(time: Array, dim: int) -> Array:
     """Sines and cosines [..., dim] of a time [...] in [0, 1)."""
     angles = time[..., None] * frequencies(dim // 2).reshape((1,) * time.ndim + (-1,))
-    angles = angles * 2 * np.float32(np.pi)  # in this order, as the reference rounds them
+    angles = angles * 2 * np.float32(np.pi)  # in this order, to round as the reference does
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

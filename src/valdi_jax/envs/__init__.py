@@ -17,16 +17,16 @@ from valdi_jax.errors import UsageError
 
 
 def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = None) -> gym.Env:
-    """The environment that a configuration names.
+    """Make the environment that a configuration names.
 
     Args:
         config: which environment, and how long its episodes are.
-        training: whether its episodes train an agent (then ``patience`` holds) or score one
-            (then a CarRacing episode goes on through terminal states, as the paper's score does).
+        training: if true, ``patience`` applies; if false, CarRacing episodes continue through
+            terminal states, as in the paper's score.
         render_mode: ``"rgb_array"`` for videos.
 
     Raises:
-        UsageError: if there is no environment of that name, or it cannot be made.
+        UsageError: if the name is unknown, or the environment cannot be made.
     """
     patience = config.patience if training else 0
     if config.name == "carracing":
@@ -62,23 +62,22 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
 def make_registered(
     name: str, *, max_steps: int, render_mode: str | None = None, **settings: object
 ) -> gym.Env:
-    """An environment that is registered with Gymnasium.
+    """Make an environment that is registered with Gymnasium.
 
     Args:
-        name: its id.
+        name: its ID.
         max_steps: environment steps after which an episode is truncated; 0 for its own limit.
-        render_mode: of the environment.
-        settings: of the environment.
+        render_mode: of the environment, as are all other ``settings``.
 
     Raises:
-        UsageError: if there is none, it cannot be made, or its episodes would have no limit.
+        UsageError: if it is unknown, cannot be made, or has no limit on its episodes.
     """
     if ":" in name:
         raise UsageError(
             f"gym:{name} names a module to import, and a configuration may not import code: "
             "see docs/your-environment.md for a program of three lines that may"
         )
-    if render_mode is not None:  # else not passed on: an environment need not know of it
+    if render_mode is not None:  # else omitted: not every environment accepts it
         settings["render_mode"] = render_mode
     try:
         env = gym.make(
@@ -87,8 +86,12 @@ def make_registered(
             disable_env_checker=True,
             **settings,
         )
-    except gym.error.Error as error:
-        raise UsageError(f"cannot make the environment gym:{name}: {error}") from error
+    except Exception as error:  # anything, e.g. a missing package or argument
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UsageError(
+            f"cannot make the environment gym:{name}: {reason}; one that needs arguments is made "
+            "by a program of your own (docs/your-environment.md)"
+        ) from error
     if env.spec is None or env.spec.max_episode_steps is None:
         env.close()
         raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
@@ -104,11 +107,37 @@ _NAMED: dict[str, Callable[..., gym.Env]] = {
 }
 
 
-def interface_of(factory: Callable[[], gym.Env]) -> Interface:
-    """What an agent sees and does in the environments that a factory makes.
+def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) -> gym.Env:
+    """An environment of a custom factory, truncated after ``config.max_steps`` like named ones.
 
     Raises:
-        UsageError: if an agent cannot see or act in them.
+        UsageError: if its episodes have no limit.
+    """
+    env = make(config, training=training)
+    if make is make_env:
+        return env
+    limit = env.spec.max_episode_steps if env.spec is not None else None
+    inner = env
+    while isinstance(inner, gym.Wrapper):
+        if isinstance(inner, gym.wrappers.TimeLimit):
+            limit = inner._max_episode_steps
+        inner = inner.env
+    if config.max_steps and (limit is None or limit > config.max_steps):
+        return gym.wrappers.TimeLimit(env, config.max_steps)
+    if limit is not None:
+        return env
+    env.close()
+    raise UsageError(
+        "the environment has no time limit: give one with env.max_steps, or wrap it in "
+        "gymnasium.wrappers.TimeLimit"
+    )
+
+
+def interface_of(factory: Callable[[], gym.Env]) -> Interface:
+    """The agent's interface to the environments that a factory makes.
+
+    Raises:
+        UsageError: if their observations or actions are not supported.
     """
     env = factory()
     try:
@@ -118,7 +147,7 @@ def interface_of(factory: Callable[[], gym.Env]) -> Interface:
 
 
 def evaluation_seeds(count: int) -> list[int]:
-    """The first ``count`` of the 100 fixed reset seeds (CarRacing: tracks) that agents meet.
+    """The first ``count`` of the 100 fixed reset seeds (CarRacing: tracks) of evaluation.
 
     Raises:
         UsageError: if ``count`` is not in 1 .. 100.

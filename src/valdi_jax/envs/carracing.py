@@ -1,7 +1,7 @@
-"""CarRacing-v3 with vision and proprioception apart (paper, Supp. E).
+"""CarRacing-v3 with separate vision and proprioception (paper, Supp. E).
 
 The bar at the bottom of the frame shows speed, ABS sensors, steering and gyroscope. They are read
-off as a vector, and the bar is blacked out.
+into a vector, and the bar is blacked out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_proprio(frame: np.ndarray) -> np.ndarray:
     frame = frame.astype(np.float64) / 255
     speed = frame[_METERS, 12, _RED].sum() / 5
     abs_sensors = frame[_METERS, 18:25:2, _BLUE].sum(axis=0) / 5
-    # Either needle grows to the left or to the right of its centre.
+    # Each needle extends to the left or right of its centre.
     steering = frame[_NEEDLES, 38:58, _GREEN] / 10
     gyroscope = frame[_NEEDLES, 58:86, _RED] / 5
     steering = steering[10:].sum() - steering[:10].sum()
@@ -55,12 +55,10 @@ def downsample(frame: np.ndarray, block: int) -> np.ndarray:
 class SplitBar(gym.ObservationWrapper):
     """Frame [96, 96, 3] -> dict of ``image``, the frame without its bar, and ``vector`` [7].
 
-    Args:
-        env: CarRacing.
-        block: side of the pixel blocks that the image is averaged over.
+    The image is averaged over pixel blocks of side ``block``.
 
     Attributes:
-        skip_frames: while true, frames are not drawn and observations are of no use.
+        skip_frames: while true, frames are not drawn and observations are invalid.
     """
 
     def __init__(self, env: gym.Env, block: int = 1):
@@ -71,7 +69,7 @@ class SplitBar(gym.ObservationWrapper):
             image=gym.spaces.Box(0, 255, (96 // block, 96 // block, 3), np.uint8),
             vector=gym.spaces.Box(-np.inf, np.inf, (7,), np.float32),
         )
-        # The planner's tanh output is the action: the car itself clips gas and brake at 0.
+        # The planner's tanh output is the action; the car itself clips gas and brake at 0.
         self.action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
     def observation(self, observation):
@@ -87,7 +85,7 @@ class SplitBar(gym.ObservationWrapper):
         self._car_racing.skip_frames = skip
 
     def redraw(self) -> dict[str, np.ndarray]:
-        """The observation of the last step, had its frame not been skipped."""
+        """The observation of the last step, if its frame was skipped."""
         return self.observation(self._car_racing.frame())
 
 
@@ -100,7 +98,7 @@ def make_carracing(
     through_terminals: bool = False,
     render_mode: str | None = None,
 ) -> gym.Env:
-    """CarRacing-v3, continuous, truncated after ``max_steps`` environment steps (0: its own)."""
+    """CarRacing-v3, continuous, truncated after ``max_steps`` steps (0: its own limit)."""
     from valdi_jax.envs.carracing_render import FastCarRacing  # only it needs pygame
 
     limit = max_steps or cast(int, gym.spec("CarRacing-v3").max_episode_steps)
@@ -108,4 +106,4 @@ def make_carracing(
     if through_terminals:
         env = ThroughTerminals(env)
     env = paced(env, action_repeat=action_repeat, patience=patience)
-    return SplitBar(env, downsample)  # the outermost: it is asked which frames to draw
+    return SplitBar(env, downsample)  # outermost: `Stepper` sets its skip_frames

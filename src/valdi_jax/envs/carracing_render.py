@@ -1,12 +1,12 @@
-"""CarRacing whose frames are Gymnasium's, pixel for pixel, in a fraction of the time.
+"""CarRacing with the same frames as Gymnasium's, pixel for pixel, in a fraction of the time.
 
-Gymnasium draws 1000 x 800 pixels, flips them and shrinks them to 96 x 96. Its time goes into 700
-polygons transformed vertex by vertex in Python, of which 40 or so are in sight; into the polygon of
-the playfield, 10,000 pixels wide; and into opening a font for every frame. Here all vertices are
-transformed at once with the same float64 arithmetic, only polygons in sight are drawn, the
-playfield is a fill, the font stays open, and the picture is flipped after it has been narrowed.
-What is drawn is drawn by the same calls in the same order on a surface of the same size (SDL_gfx
-clips a line before it takes its slope, so a smaller one would move pixels).
+Gymnasium draws 1000 x 800 pixels, flips them and shrinks them to 96 x 96. It spends its time on 700
+polygons, transformed vertex by vertex in Python though only about 40 are visible; on the polygon of
+the playfield, 10,000 pixels wide; and on opening a font for every frame. Here all vertices are
+transformed at once in the same float64 arithmetic, only visible polygons are drawn, the playfield
+is a fill, the font stays open, and the image is flipped after it is narrowed. The remaining draw
+calls are the same, in the same order, on a surface of the same size: SDL_gfx clips a line before
+computing its slope, so a smaller surface would move pixels.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from gymnasium.envs.box2d.car_racing import (
 )
 from pygame import gfxdraw
 
-_BAR = WINDOW_H // 8  # rows of the bar with the indicators, in pixels of the window
+_BAR = WINDOW_H // 8  # height of the indicator bar, in window pixels
 _ROAD = WINDOW_H - _BAR  # rows above it
-_MARGIN = 8  # pixels that a polygon out of sight stays away from those in sight
-# From the car to the farthest corner of the window (the picture is still upside down here).
+_MARGIN = 8  # pixels around the window in which a polygon counts as visible
+# From the car to the farthest corner of the window (the image is still upside down here).
 _REACH = np.hypot(WINDOW_W / 2, WINDOW_H * 3 / 4)
 
 
 class FastCarRacing(CarRacing):
-    """Gymnasium's CarRacing with faster observations; all else, videos included, is the parent's.
+    """Gymnasium's CarRacing with faster observations; all else, videos included, is inherited.
 
     Attributes:
-        skip_frames: while true, ``reset`` and ``step`` draw nothing and return a black frame. The
-            physics, rewards and all later frames are the same; `frame` still draws.
+        skip_frames: while true, ``reset`` and ``step`` draw nothing and return a black frame.
+            Physics, rewards and later frames do not change; `frame` still draws.
     """
 
     skip_frames: bool = False
-    car: Car  # the reset makes it, before anything is drawn
-    surf: pygame.Surface  # type: ignore[assignment]  # Gymnasium's first value for it is None
-    _canvas: pygame.Surface  # the surfaces are made for the first frame
+    car: Car  # made by reset, before anything is drawn
+    surf: pygame.Surface  # type: ignore[assignment]  # Gymnasium initialises it to None
+    _canvas: pygame.Surface  # surfaces are made for the first frame
     _score_text: str | None = None
-    _score: pygame.Surface  # that text, drawn
+    _score: pygame.Surface  # the rendered text
     _font: pygame.font.Font | None = None
 
     def frame(self) -> np.ndarray:
-        """The frame [96, 96, 3] uint8 of the last step or reset, had it not been skipped."""
-        # A step draws before it takes its 0.1 off the score.
+        """The frame [96, 96, 3] uint8 of the last step or reset, even if it was skipped."""
+        # Gymnasium draws before it subtracts the step's 0.1 from the score.
         reward, self.reward = self.reward, self._reward_shown
         try:
             return super()._render("state_pixels") if self._bar_overflows() else self._draw()
@@ -63,7 +63,7 @@ class FastCarRacing(CarRacing):
     def _render(self, mode):
         if mode != "state_pixels":
             return super()._render(mode)
-        if "t" not in self.__dict__:  # as the parent: nothing to draw before the first reset
+        if "t" not in self.__dict__:  # as in the parent: nothing to draw before the first reset
             return None
         self._reward_shown = self.reward
         if self.skip_frames:
@@ -75,8 +75,8 @@ class FastCarRacing(CarRacing):
             self._make_surfaces()
         self._draw_road()
         self._draw_bar()
-        # smoothscale shrinks each row by itself and then each column of the result, so that the
-        # picture may be flipped between the two, when it is a tenth as large.
+        # smoothscale shrinks the rows and then the columns of the result, so the image can be
+        # flipped in between, when it is a tenth as large.
         narrow = pygame.transform.smoothscale(self._canvas_in_sight, (STATE_W, _ROAD))
         self._narrow.blit(pygame.transform.flip(narrow, False, True), (0, 0))
         pygame.transform.smoothscale(self._bar_in_sight, (STATE_W, _BAR), self._narrow_bar)
@@ -86,12 +86,12 @@ class FastCarRacing(CarRacing):
         created = super()._create_track()
         if created:
             polygons = [*_grass(), *(polygon for polygon, _ in self.road_poly)]
-            # [4, polygons]: the extent of a polygon is then a reduction over the outer axis.
+            # [4, polygons], so that a polygon's extent is a reduction over the outer axis.
             self._x, self._y = np.array(polygons, np.float64).transpose(2, 1, 0).copy()
         return created
 
     def _make_surfaces(self) -> None:
-        """The canvas, the bar, the narrowed picture, and views of the parts of them in use."""
+        """Make the canvas, the bar and the narrowed image, and views of their used parts."""
         self._canvas = pygame.Surface((WINDOW_W, WINDOW_H))  # upside down: the bar hides the top
         self._canvas_in_sight = self._canvas.subsurface((0, _BAR, WINDOW_W, _ROAD))
         self._bar = pygame.Surface((WINDOW_W, WINDOW_H))
@@ -105,9 +105,9 @@ class FastCarRacing(CarRacing):
         return speed > 195 or any(wheel.omega > 390 for wheel in self.car.wheels)
 
     def _draw_road(self) -> None:
-        """Playfield, grass, road and car."""
+        """Draw playfield, grass, road and car."""
         hull, t = self.car.hull, self.t
-        # These expressions are the parent's, to the last rounding.
+        # The parent's expressions, equal to the last bit.
         angle = -hull.angle
         zoom = 0.1 * SCALE * max(1 - t, 0) + ZOOM * SCALE * min(t, 1)
         x, y = hull.position
@@ -116,7 +116,7 @@ class FastCarRacing(CarRacing):
 
         self.surf = self._canvas
         if max(abs(x), abs(y)) + (_REACH + _MARGIN) / zoom < PLAYFIELD:
-            # Nothing but playfield in sight.
+            # Only the playfield is visible.
             self._canvas_in_sight.fill([int(c) for c in self.bg_color])
         else:
             self._canvas.fill(0)
@@ -129,8 +129,8 @@ class FastCarRacing(CarRacing):
         self.car.draw(self._canvas, zoom, shift, angle, False)
 
     def _draw_polygons(self, zoom: float, shift: tuple[float, float], angle: float) -> None:
-        """Grass and road, as far as they are in sight."""
-        # Rotated by Vector2, a unit vector gives the cosine and the sine that Vector2 rotates by.
+        """Draw the visible grass and road."""
+        # Rotating a unit vector gives the cosine and sine that Vector2 itself uses.
         cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)
         x = (cos * self._x - sin * self._y) * zoom + shift[0]
         y = (sin * self._x + cos * self._y) * zoom + shift[1]
@@ -141,11 +141,11 @@ class FastCarRacing(CarRacing):
             & (y.min(axis=0) < WINDOW_H + _MARGIN)
         )
         x, y = x[:, near], y[:, near]
-        # The parent's own test, which leaves out polygons with no corner near the window.
+        # The parent's own test, which omits polygons with no corner near the window.
         slack = MAX_SHAPE_DIM
         drawn = (x >= -slack) & (x <= WINDOW_W + slack) & (y >= -slack) & (y <= WINDOW_H + slack)
         drawn = drawn.any(axis=0)
-        # gfxdraw takes the integer part, and takes it faster from integers.
+        # gfxdraw truncates to integers, and is faster if given integers.
         points = np.stack((x.T, y.T), axis=-1)[drawn].astype(np.int64).tolist()
         grass_color = [int(c) for c in self.grass_color]
         for index, polygon in zip(near[drawn].tolist(), points, strict=True):
@@ -156,7 +156,7 @@ class FastCarRacing(CarRacing):
             gfxdraw.filled_polygon(self._canvas, polygon, color)
 
     def _draw_bar(self) -> None:
-        """Indicators and score."""
+        """Draw indicators and score."""
         self.surf = self._bar
         self._render_indicators(WINDOW_W, WINDOW_H)
         text = f"{self.reward:04.0f}"
@@ -171,7 +171,7 @@ class FastCarRacing(CarRacing):
         try:
             if self._font is not None:
                 return self._font.render(text, True, *colors)
-        except pygame.error:  # pygame was quit since: closing a window anywhere does that
+        except pygame.error:  # pygame was quit: closing any window does that
             pass
         pygame.font.init()
         self._font = pygame.font.Font(pygame.font.get_default_font(), 42)
@@ -179,7 +179,7 @@ class FastCarRacing(CarRacing):
 
 
 def _grass() -> list[list[tuple[float, float]]]:
-    """The patches of grass, in the parent's order and arithmetic."""
+    """Grass patches, in the parent's order and arithmetic."""
     dim = GRASS_DIM
     return [
         [

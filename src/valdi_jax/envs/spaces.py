@@ -1,6 +1,9 @@
-"""Between an environment's own observations and actions and the agent's."""
+"""Conversion between an environment's observations and actions and the agent's."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -8,17 +11,18 @@ import numpy as np
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 
-_CHANNELS = 4  # at most, for the first axis of an image to be its channels
-_SMALLEST_IMAGE = 16  # pixels of each side, for an array of two axes to be an image
+_SMALLEST_IMAGE = 16  # smallest side of an image in pixels
+_COARSE = 1e5  # from here on, float32 resolves less than 0.008
 
 
 class Interface:
-    """What an agent sees and does in an environment.
+    """An agent's interface to an environment.
 
-    Observations: a Box, or a Dict of Boxes of which at most one is an image. An array of three axes
-    is an image (channels last, or first where only that can be), and so is one of two axes that are
-    both at least 16. Images become uint8 with channels last; float images are scaled from their
-    bounds to 0 .. 255. All else is flattened and joined to one float32 vector, in the Dict's order.
+    Observations: a Box, or a Dict of Boxes with at most one image. An array of at most four axes is
+    an image if two neighbouring ones, height and width, are at least 16. Channels come before or
+    after these, and stacked frames, which become channels too, in front. Images become uint8 with
+    channels last; float images are scaled from their bounds to 0 .. 255. All else is flattened and
+    concatenated into one float32 vector, in the Dict's order.
 
     Actions: [A] in [-1, 1], scaled to the bounds of the environment's Box.
 
@@ -27,7 +31,7 @@ class Interface:
         action_dim: action size A.
 
     Raises:
-        UsageError: if the spaces are of another kind, saying what to do.
+        UsageError: if the spaces are of another kind; the message suggests a wrapper.
     """
 
     def __init__(self, observations: gym.Space, actions: gym.Space):
@@ -40,10 +44,7 @@ class Interface:
         boxes: dict[str, gym.spaces.Box] = {}
         for name, space in spaces.items():
             if not isinstance(space, gym.spaces.Box):
-                raise UsageError(
-                    f"the observation {name!r} is of the kind {type(space).__name__}, not an array "
-                    "(Box): wrap the environment in gymnasium.wrappers.FlattenObservation"
-                )
+                raise UsageError(f"the observation {name!r} {_not_a_box(space, alone=not named)}")
             boxes[name] = space
         images = [name for name, box in boxes.items() if _is_image(box)]
         if len(images) > 1:
@@ -60,6 +61,8 @@ class Interface:
         if not boxes:
             raise UsageError("the environment has no observations")
 
+        if not isinstance(actions, gym.Space):
+            raise UsageError(f"the environment's actions are {_foreign(actions)}")
         if not isinstance(actions, gym.spaces.Box) or actions.dtype.kind != "f":
             raise UsageError(
                 f"the environment's actions are discrete ({actions}), and Valdi is for continuous "
@@ -72,36 +75,107 @@ class Interface:
                 "ones in a gymnasium.ActionWrapper, e.g. gymnasium.wrappers.TransformAction"
             )
         self._actions = actions
-        self._centre = (actions.high.astype(np.float64) + actions.low) / 2
-        self._reach = (actions.high.astype(np.float64) - actions.low) / 2
+        # Halved first, because the sum of two large bounds may overflow.
+        self._centre = actions.high.astype(np.float64) / 2 + actions.low.astype(np.float64) / 2
+        self._reach = actions.high.astype(np.float64) / 2 - actions.low.astype(np.float64) / 2
 
+        self._boxes = boxes
+        self._warned = False
         self.action_dim = int(np.prod(actions.shape))
         zeros = {name: np.zeros(box.shape, box.dtype) for name, box in boxes.items()}
         self.example = self.observe(zeros if named else zeros["observation"])
 
     def observe(self, observation: np.ndarray | dict[str, np.ndarray]) -> Observation:
-        """An observation of the environment as the agent sees it.
+        """Convert an observation of the environment to the agent's.
 
         Raises:
-            ValueError: if it holds a value that is not finite: it would stay in the replay and in
-                the normalisation for good.
+            ValueError: if its shape or type is not the space's, or a value is not finite in
+                float32: it would stay in the replay buffer and the normaliser.
         """
-        parts = observation if self._named else {"observation": observation}
+        parts = {
+            name: _part(observation, name if self._named else None, box)
+            for name, box in self._boxes.items()
+        }
         image = vector = None
         if self._image is not None:
-            image = _to_uint8(np.asarray(parts[self._image]), self._image_box)
+            image = _to_uint8(parts[self._image], self._image_box)
         if self._vectors:
-            flat = [np.asarray(parts[name], np.float32).ravel() for name in self._vectors]
+            with np.errstate(over="ignore"):  # values too large are refused below
+                flat = [parts[name].astype(np.float32).ravel() for name in self._vectors]
             vector = np.concatenate(flat)
             _check_finite(vector)
+            self._warn_of_lost_resolution(parts)
         return Observation(image=image, vector=vector)
 
+    def _warn_of_lost_resolution(self, parts: dict[str, np.ndarray]) -> None:
+        for name in self._vectors:
+            part = parts[name]
+            if not self._warned and part.dtype == np.float64 and np.any(np.abs(part) > _COARSE):
+                self._warned = True
+                largest = float(np.abs(part).max())
+                warnings.warn(
+                    f"the observation {name!r} holds {largest:.6g}, of which float32 resolves "
+                    f"steps of {np.spacing(np.float32(largest)):.2g}: subtract an offset in a "
+                    "gymnasium.ObservationWrapper",
+                    stacklevel=2,
+                )
+
     def act(self, action: np.ndarray) -> np.ndarray:
-        """An action [A] of the agent as the environment takes it."""
+        """Convert an action [A] of the agent to the environment's."""
         scaled = self._centre + self._reach * action.reshape(self._actions.shape)
-        # The clip is for rounding only.
+        # Clip rounding errors.
         scaled = np.clip(scaled, self._actions.low, self._actions.high)
         return scaled.astype(self._actions.dtype)
+
+
+def _not_a_box(space: object, *, alone: bool) -> str:
+    """What an observation is instead of an array, and what to do."""
+    if not isinstance(space, gym.Space):
+        return f"is {_foreign(space)}"
+    kind = type(space).__name__
+    if alone:
+        return (
+            f"is of the kind {kind}, not an array (Box): wrap the environment in "
+            "gymnasium.wrappers.FlattenObservation"
+        )
+    return (
+        f"is of the kind {kind}, not an array (Box): give it as numbers (a Discrete as one-hot, a "
+        "nested Dict as its parts) in a gymnasium.ObservationWrapper; FlattenObservation would "
+        "flatten images too"
+    )
+
+
+def _foreign(space: object) -> str:
+    kind = type(space)
+    return (
+        f"a space of another library ({kind.__module__}.{kind.__name__}), not Gymnasium's: wrap "
+        "the environment with shimmy (https://shimmy.farama.org)"
+    )
+
+
+def _part(observation: Any, name: str | None, box: gym.spaces.Box) -> np.ndarray:
+    """One array of an observation, which has to be what its space says."""
+    what = "the environment's observation" if name is None else f"the observation {name!r}"
+    if name is not None:
+        if not isinstance(observation, dict) or name not in observation:
+            raise ValueError(f"{what} is missing: the environment gave {_describe(observation)}")
+        observation = observation[name]
+    array = np.asarray(observation)
+    if array.shape != box.shape or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{what} has the shape {array.shape} and type {array.dtype}; its space says "
+            f"{box.shape} and {box.dtype}"
+        )
+    if box.dtype == np.uint8 and array.dtype != np.uint8 and _is_image(box):
+        raise ValueError(
+            f"{what} is of {array.dtype}; its space says uint8: frames of 0 to 1 would turn black"
+        )
+    return array
+
+
+def _describe(value: Any) -> str:
+    keys = sorted(map(str, value)) if isinstance(value, dict) else None
+    return f"a dict of {', '.join(keys)}"[:200] if keys is not None else type(value).__name__
 
 
 def _check_finite(values: np.ndarray) -> None:
@@ -110,8 +184,29 @@ def _check_finite(values: np.ndarray) -> None:
         raise ValueError(f"the environment's observation is not finite: {values[~finite][0]}")
 
 
+def _image_axes(shape: tuple[int, ...]) -> tuple[int, int | None] | None:
+    """Axes of an image's height (before its width) and channels; None if it is none.
+
+    Channels come last unless the last two axes are the larger ones. The first of four axes is that
+    of stacked frames.
+    """
+    rank = len(shape)
+    if rank == 2:
+        return (0, None) if min(shape) >= _SMALLEST_IMAGE else None
+    if rank not in (3, 4):
+        return None
+    first = rank - 3
+    channels_first = shape[first] < shape[-1] and min(shape[-2:]) >= _SMALLEST_IMAGE
+    if channels_first:
+        return first + 1, first
+    # An image of three axes may be small, unless it is ambiguous.
+    if rank == 4 and min(shape[first : first + 2]) < _SMALLEST_IMAGE:
+        return None
+    return first, rank - 1
+
+
 def _is_image(box: gym.spaces.Box) -> bool:
-    return len(box.shape) == 3 or (len(box.shape) == 2 and min(box.shape) >= _SMALLEST_IMAGE)
+    return _image_axes(box.shape) is not None
 
 
 def _check_image(name: str, box: gym.spaces.Box) -> None:
@@ -130,8 +225,10 @@ def _to_uint8(image: np.ndarray, box: gym.spaces.Box) -> np.ndarray:
         _check_finite(image)
         low, high = box.low.astype(np.float64), box.high.astype(np.float64)
         image = np.rint(255 * np.clip((image - low) / (high - low), 0, 1)).astype(np.uint8)
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.shape[0] <= _CHANNELS < image.shape[-1]:
-        image = np.moveaxis(image, 0, -1)
-    return np.array(image)  # a copy: an environment may draw the next frame over this one
+    axes = _image_axes(image.shape)
+    assert axes is not None
+    _, channels = axes
+    image = image[..., None] if channels is None else np.moveaxis(image, channels, -1)
+    if image.ndim == 4:  # stacked frames: [frames, height, width, channels]
+        image = np.moveaxis(image, 0, -2).reshape(*image.shape[1:3], -1)
+    return np.array(image)  # a copy: an environment may reuse its buffer

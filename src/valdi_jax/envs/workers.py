@@ -1,6 +1,6 @@
 """Environments stepped a chunk of actions at a time, in this process or in worker processes.
 
-Nothing here needs JAX: a worker process starts in a fraction of the time.
+Nothing here needs JAX, so worker processes start in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import dataclasses
 import functools
 import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -28,14 +31,15 @@ from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import StoppedError
 from valdi_jax.observation import Observation
 
-_WORKER_LOSSES = 3  # of one worker in a row, without an answer in between, are given up on
+_FIRST_ANSWER = 600.0  # more seconds for a first answer: imports, simulator start
+_WORKER_LOSSES = 3  # consecutive losses of one worker before giving up
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What a chunk of actions led to: n <= C steps, fewer where the episode ended."""
+    """Result of a chunk of actions: n <= C steps, fewer if the episode ended."""
 
-    observations: list[Observation]  # after each step, or after the last alone
+    observations: list[Observation]  # after each step, or only after the last
     rewards: list[float]  # n
     terminated: bool
     truncated: bool
@@ -45,9 +49,9 @@ class Stepper:
     """One environment in this process.
 
     Args:
-        factory: makes it. Where it has an attribute ``skip_frames`` and a method ``redraw``, the
+        factory: makes it. If it has an attribute ``skip_frames`` and a method ``redraw``,
             observations that are not kept are not drawn.
-        last_only: keep of each chunk only the last observation.
+        last_only: keep only the last observation of each chunk.
     """
 
     def __init__(self, factory: Callable[[], gym.Env], *, last_only: bool = False):
@@ -55,31 +59,38 @@ class Stepper:
         self._interface = Interface(self._env.observation_space, self._env.action_space)
         self._last_only = last_only
         skips = last_only and hasattr(self._env, "skip_frames")
-        self._drawing: Any = self._env if skips else None  # Any: a gym.Env has neither of the two
+        self._drawing: Any = self._env if skips else None  # Any: gym.Env declares neither
 
     def reset(self, seed: int) -> Observation:
-        """Start an episode."""
         self._skip(False)
-        observation, _ = self._env.reset(seed=seed)
-        return self._interface.observe(observation)
+        answer = _own_errors(self._env.reset, seed=seed)
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
+            raise ValueError(
+                "the environment's reset must return an observation and a dict, as in Gymnasium; "
+                f"it returned {_kinds(answer)}: the wrappers of shimmy adapt the old API"
+            )
+        return self._interface.observe(answer[0])
 
     def step(self, actions: np.ndarray) -> Steps:
-        """Take a chunk of actions [C, A] in [-1, 1], stopping where the episode ends."""
+        """Take a chunk of actions [C, A] in [-1, 1], up to the end of the episode."""
         observations, rewards, terminated, truncated = [], [], False, False
         for i, action in enumerate(actions):
             last = i == len(actions) - 1
             self._skip(not last)
-            observation, reward, terminated, truncated, _ = self._env.step(
-                self._interface.act(action)
-            )
-            rewards.append(float(reward))
+            answer = _own_errors(self._env.step, self._interface.act(action))
+            if not isinstance(answer, tuple) or len(answer) != 5:
+                raise ValueError(
+                    "the environment's step must return observation, reward, terminated, truncated "
+                    f"and a dict, as in Gymnasium; it returned {_kinds(answer)}: the wrappers of "
+                    "shimmy adapt the old API"
+                )
+            observation, reward, terminated, truncated, _ = answer
+            rewards.append(_number(reward))
             done = terminated or truncated
-            if done and self._drawing is not None and not last:  # its last frame is kept after all
+            if done and self._drawing is not None and not last:  # the episode's last frame is kept
                 observation = self._drawing.redraw()
             if last or done or not self._last_only:
                 observations.append(self._interface.observe(observation))
-            if not np.isfinite(rewards[-1]):
-                raise ValueError(f"the environment's reward is {rewards[-1]}")
             if done:
                 break
         return Steps(observations, rewards, bool(terminated), bool(truncated))
@@ -89,19 +100,47 @@ class Stepper:
             self._drawing.skip_frames = skip
 
     def close(self) -> None:
-        """Release the environment."""
         self._env.close()
 
 
-class Pool(abc.ABC):
-    """N environments; requests are made for several at once.
+def _own_errors(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an environment answers. Its attempts to end the process are errors like any other."""
+    try:
+        return call(*args, **kwargs)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the environment raised {error!r}") from error
 
-    An environment that was lost on the way is missing from an answer. It can be used again,
-    beginning with a reset.
+
+def _number(reward: Any) -> float:
+    """A reward, in any wrapping, as float32 holds it.
+
+    Raises:
+        ValueError: if it is not one finite number.
+    """
+    array = np.asarray(reward)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        raise ValueError(f"the environment's reward is {reward!r}, not one number"[:200])
+    with np.errstate(over="ignore"):
+        number = float(np.float32(array.item()))
+    if not math.isfinite(number):
+        raise ValueError(f"the environment's reward is {array.item()}, not finite in float32")
+    return float(array.item())
+
+
+def _kinds(answer: Any) -> str:
+    if isinstance(answer, tuple):
+        return f"{len(answer)} values ({', '.join(type(part).__name__ for part in answer)})"[:200]
+    return f"a {type(answer).__name__}"
+
+
+class Pool(abc.ABC):
+    """N environments, addressed several at once by their indices.
+
+    A lost environment is missing from the answer; it can be used again after a reset.
 
     Attributes:
-        size: how many there are.
-        restarts: workers that were lost and started anew.
+        size: number of environments.
+        restarts: lost workers that were replaced.
     """
 
     size: int
@@ -114,9 +153,9 @@ class Pool(abc.ABC):
     def serving(
         self, name: str, factory: Callable[[], gym.Env], *, last_only: bool = False
     ) -> Iterator[None]:
-        """A context in which the pool steps environments of another kind.
+        """Context in which the pool steps environments of another factory.
 
-        They are made where they are first needed, and kept: a name stands for one factory.
+        They are made on first use and kept: a name stands for one factory.
         """
         make = functools.partial(Stepper, factory, last_only=last_only)
         before, self._kind = self._kind, _Kind(name, make)
@@ -127,15 +166,15 @@ class Pool(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
-        """Start an episode in each environment named, with the seed given."""
+        """Start an episode in each environment, with the given seed."""
 
     @abc.abstractmethod
     def send(self, actions: dict[int, np.ndarray]) -> None:
-        """Have each environment named take a chunk of actions [C, A]."""
+        """Send each environment a chunk of actions [C, A]."""
 
     @abc.abstractmethod
     def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
-        """What the chunks led to that were sent to these environments."""
+        """Results of the chunks sent to these environments."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -143,14 +182,14 @@ class Pool(abc.ABC):
 
 
 class _Kind(NamedTuple):
-    """Environments of one factory, by the name that a pool knows them by."""
+    """A factory of environments and its name in the pool."""
 
     name: str
     make: Callable[[], Stepper]
 
 
 class _Place:
-    """One place of a pool: an environment of each kind that was asked for."""
+    """One place of a pool: an environment of each kind requested so far."""
 
     def __init__(self) -> None:
         self._made: dict[str, Stepper] = {}
@@ -170,7 +209,7 @@ class _Place:
 
 
 class LocalPool(Pool):
-    """A pool of one environment, in this process."""
+    """A pool of one environment, in this process; `send` already takes the steps."""
 
     size = 1
 
@@ -180,39 +219,34 @@ class LocalPool(Pool):
         self._answers: dict[int, Steps] = {}
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
-        """See `Pool`."""
         return {index: self._place.reset(self._kind, seed) for index, seed in seeds.items()}
 
     def send(self, actions: dict[int, np.ndarray]) -> None:
-        """See `Pool`; here it is done at once."""
         self._answers = {index: self._place.step(chunk) for index, chunk in actions.items()}
 
     def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
-        """See `Pool`."""
         return {index: self._answers[index] for index in indices}
 
     def close(self) -> None:
-        """See `Pool`."""
         self._place.close()
 
 
 class WorkerPool(Pool):
     """A pool of worker processes, one environment each, stepped in parallel.
 
-    Observations come through shared memory, all else through a pipe. A worker that dies, or does
-    not answer in time, is replaced by a new one.
+    Observations pass through shared memory, all else through a pipe. A worker that dies or times
+    out is replaced.
 
     Args:
-        factory: makes an environment; it must pickle.
-        size: how many.
-        example: an observation of it.
-        chunk: most steps C of a chunk.
-        last_only: keep of each chunk only the last observation.
+        factory: makes an environment; must be picklable.
+        size: number of workers.
+        example: an observation.
+        chunk: maximum steps C of a chunk.
+        last_only: keep only the last observation of each chunk.
         timeout: seconds that a worker may take to answer.
 
     Raises:
-        RuntimeError: from ``reset`` and ``receive``, with the traceback, if a worker's environment
-            raised.
+        RuntimeError: from ``reset`` and ``receive`` if an environment raised, with its traceback.
         StoppedError: if a worker was lost several times without an answer in between.
     """
 
@@ -230,21 +264,21 @@ class WorkerPool(Pool):
         self.size = size
         self._shapes = _chunk_shapes(example, chunk)
         self._timeout = timeout
-        self._losses = [0] * size  # of each environment, in a row
+        self._losses = [0] * size  # consecutive, of each environment
         self._deadlines = [math.inf] * size
+        self._processes: dict[int, BaseProcess] = {}
+        # A program that leaves a pool open still ends, though workers ignore its SIGTERM.
+        self._end = weakref.finalize(self, _kill, self._processes)
         self._workers = [self._start(index) for index in range(size)]
 
     def reset(self, seeds: dict[int, int]) -> dict[int, Observation]:
-        """See `Pool`."""
         self._ask("reset", {index: (self._kind, seed) for index, seed in seeds.items()})
         return {index: observations[0] for index, (observations, _) in self._answers(seeds)}
 
     def send(self, actions: dict[int, np.ndarray]) -> None:
-        """See `Pool`."""
         self._ask("step", {index: (chunk,) for index, chunk in actions.items()})
 
     def receive(self, indices: Iterable[int]) -> dict[int, Steps]:
-        """See `Pool`."""
         return {index: Steps(*parts, *rest) for index, (*parts, rest) in self._answers(indices)}
 
     def _start(self, index: int) -> _Worker:
@@ -261,16 +295,18 @@ class WorkerPool(Pool):
         with _signals_ignored():
             process.start()
         theirs.close()
-        return _Worker(process, ours, _views(memory, self._shapes))
+        self._processes[index] = process
+        return _Worker(process, ours, _views(memory, self._shapes), set())
 
     def _ask(self, method: str, arguments: dict) -> None:
         for index, argument in arguments.items():
-            self._deadlines[index] = time.monotonic() + self._timeout
-            with contextlib.suppress(OSError):  # a dead one: there will be no answer either
+            first = 0.0 if self._kind.name in self._workers[index].known else _FIRST_ANSWER
+            self._deadlines[index] = time.monotonic() + self._timeout + first
+            with contextlib.suppress(OSError):  # a dead worker: `_answers` replaces it
                 self._workers[index].pipe.send((method, argument))
 
     def _answers(self, indices: Iterable[int]) -> list[tuple[int, tuple]]:
-        """(index, (observations, what else was answered)) of the workers that answered."""
+        """(index, (observations, rest of the answer)) of the workers that answered."""
         answers = []
         for index in indices:
             worker = self._workers[index]
@@ -282,9 +318,10 @@ class WorkerPool(Pool):
                 self._replace(index, error)
                 continue
             self._losses[index] = 0
+            worker.known.add(self._kind.name)
             if not isinstance(answer, str):
                 count, rest = answer
-                # A copy: the next chunk is written over this one.
+                # A copy: the next chunk overwrites the memory.
                 observations = [
                     Observation(*(None if x is None else np.array(x[i]) for x in worker.views))
                     for i in range(count)
@@ -305,33 +342,33 @@ class WorkerPool(Pool):
         if self._losses[index] >= _WORKER_LOSSES:
             raise StoppedError(
                 f"the environment worker {worker.process.name} was lost {_WORKER_LOSSES} times in "
-                f"a row (exit code {worker.process.exitcode}, {error!r})"
+                f"a row (exit code {worker.process.exitcode}, {error!r}); if it only takes long, "
+                "--collect.worker-timeout gives it more time, and if it ended at once, a program "
+                "that starts workers needs `if __name__ == '__main__':`"
             ) from error
         self._workers[index] = self._start(index)
         self.restarts += 1
 
     def close(self) -> None:
-        """See `Pool`."""
         for worker in self._workers:
             worker.pipe.close()
         for worker in self._workers:
             worker.process.join(timeout=5)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+        self._end()
 
 
 class _Worker(NamedTuple):
     process: BaseProcess
     pipe: Connection
-    views: Observation  # [C, ...] of the memory that it shares
+    views: Observation  # [C, ...] views of the shared memory
+    known: set[str]  # kinds of environments that have answered
 
 
 _Shapes = list[tuple[str, tuple[int, ...], str, int]]  # name, shape, dtype, bytes of each array
 
 
 def _chunk_shapes(example: Observation, chunk: int) -> _Shapes:
-    """Of the observations of a chunk; the wider type first, so that each is aligned."""
+    """Arrays of a chunk's observations, the wider type first, for alignment."""
     named = [("vector", example.vector), ("image", example.image)]
     return [
         (name, (chunk, *part.shape), part.dtype.str, chunk * part.nbytes)
@@ -341,7 +378,7 @@ def _chunk_shapes(example: Observation, chunk: int) -> _Shapes:
 
 
 def _views(memory: ctypes.Array, shapes: _Shapes) -> Observation:
-    """The shared memory as the observations of a chunk."""
+    """The shared memory as a chunk's observations."""
     parts, start = {}, 0
     for name, shape, dtype, nbytes in shapes:
         flat = np.frombuffer(memoryview(memory), dtype, count=math.prod(shape), offset=start)
@@ -359,7 +396,7 @@ def make_pool(
     last_only: bool = False,
     timeout: float = 60.0,
 ) -> Pool:
-    """A pool of ``size`` environments; a single one needs no process of its own."""
+    """A pool of ``size`` environments; a single one stays in this process."""
     if size == 1:
         return LocalPool(factory, last_only=last_only)
     return WorkerPool(
@@ -369,10 +406,10 @@ def make_pool(
 
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """What starts within ignores SIGINT and SIGTERM from its first moment.
+    """Context in which new processes ignore SIGINT and SIGTERM from their start.
 
-    Both reach the whole process group; the parent alone decides what they mean, and the workers
-    end when it closes their pipes.
+    Both signals reach the whole process group, but only the parent handles them; the workers end
+    when it closes their pipes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -385,10 +422,26 @@ def _signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def _kill(processes: dict[int, BaseProcess]) -> None:
+    for process in processes.values():
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _end_with_the_parent() -> None:
+    """Watch for the parent's end: an environment that hangs would outlive it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _serve(pipe: Connection, memory: ctypes.Array, shapes: _Shapes) -> None:
     """Answer requests until the other end closes."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # where the parent could not see to it
+    for signum in (signal.SIGINT, signal.SIGTERM):  # if the parent could not do it
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         place, views = _Place(), _views(memory, shapes)
 
@@ -408,6 +461,6 @@ def _serve(pipe: Connection, memory: ctypes.Array, shapes: _Shapes) -> None:
                 pipe.send((write(steps.observations), rest))
     except (EOFError, ConnectionError):
         pass
-    except Exception:  # whatever the environment raised: the parent raises it, with its traceback
+    except Exception:  # of the environment: the parent raises it, with its traceback
         with contextlib.suppress(OSError):
             pipe.send(traceback.format_exc())

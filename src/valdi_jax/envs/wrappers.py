@@ -1,4 +1,4 @@
-"""How long a step is, and when an episode ends."""
+"""Gymnasium wrappers for step length and episode ends."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Patience(gym.Wrapper):
 
 
 class ThroughTerminals(gym.Wrapper):
-    """Goes on through terminal states to the time limit, and only then says that there were any.
+    """Continues through terminal states to the time limit, and reports them only there.
 
-    This is how the paper's score is taken: every frame counts, those after a finished lap and
-    those outside the playfield (-100 each) included.
+    This is the paper's score: every frame counts, including those after a finished lap and those
+    outside the playfield (-100 each).
     """
 
     def __init__(self, env: gym.Env):
@@ -45,7 +45,7 @@ class ThroughTerminals(gym.Wrapper):
 
 
 def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
-    """The environment with each action held for some steps, and patience (0: endless) in holds."""
+    """Hold each action for ``action_repeat`` steps, and add patience (0: none) in holds."""
     if action_repeat > 1:
         env = gym.wrappers.RepeatAction(env, action_repeat)
     return Patience(env, patience) if patience else env

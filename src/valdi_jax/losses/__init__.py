@@ -1,4 +1,4 @@
-"""The training objective, on one screen (paper, Supp. C, equation 9 and algorithm 1)."""
+"""The training objective (paper, Supp. C, equation 9 and algorithm 1)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ TERMS: Registry[Term] = Registry(
 def objective(
     params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Total loss [] and the metrics, all scalars (equation 9).
+    """Total loss [] and scalar metrics (equation 9).
 
-    SIGReg weighs what the other terms leave: L = (1 - w) sum_i w_i L_i + w L_sigreg.
+    L = (1 - w) sum_i w_i L_i + w L_sigreg, where i runs over the terms other than SIGReg.
 
     Args:
-        params: online networks; the gradient is taken with respect to them.
+        params: online networks, which receive the gradient.
         ema_params: their moving average, for targets only.
         batch: B segments.
-        draws: the update's randomness, as `draw` gives it.
-        config: the run's configuration.
+        draws: the update's random draws, from `draw`.
     """
     view = look(params, ema_params, batch, draws, config=config)
     losses: dict[str, Array] = {}
@@ -67,10 +66,10 @@ def objective(
 
 
 def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config) -> View:
-    """What the terms see of a batch; arguments as of `objective`.
+    """Encode a batch and predict its latents, for all terms; arguments as in `objective`.
 
-    The first observation is encoded with gradient; the H that follow give the dynamics' targets
-    under the EMA encoder, and all H + 1 that follow give the TD target's latents.
+    The first observation is encoded with gradient. The EMA encodings of the next H are the targets
+    of the dynamics, and all H + 1 that follow give the latents of the TD target.
     """
     learn, horizon = config.learn, config.model.horizon
     lead = (batch.rewards.shape[0], horizon + 1)
@@ -81,7 +80,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         batch = augment.augment(batch, draws["augment"])
     first = jax.tree.map(lambda x: x[:, 0], batch.observations)
     following = jax.tree.map(lambda x: x[:, 1:], batch.observations)
-    # The reference bootstraps through terminal steps: to it an episode has no end.
+    # The reference bootstraps through terminal steps, as if episodes had no end.
     terminals = jnp.zeros_like(batch.terminals) if learn.bootstrap_terminal else batch.terminals
     terminals = jnp.asarray(terminals)  # a batch may come from the host
     valid = before_end(terminals)
@@ -91,7 +90,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         observations = jax.tree.map(lambda x: x[:, :steps], following)
         return model.encode_targets(params, observations, config=config)
 
-    if learn.td_encoder == "ema":  # one set of passes serves both
+    if learn.td_encoder == "ema":  # one pass serves both
         next_latents = encode_following(ema_params, horizon + 1)
         targets = next_latents[:, :horizon]
     else:
@@ -121,10 +120,10 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
 
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
-    """The randomness of one update on ``batch_size`` segments, drawn in one place."""
+    """All random draws of one update on ``batch_size`` segments."""
     sources = {name: (TERMS[name].keys, TERMS[name].draw) for name in ("dynamics", "sigreg")}
     sources["augment"] = (2, augment.draw)
-    # What is new comes last: the keys before it stay the same.
+    # Other terms come last, so that these keys stay the same.
     others = (name for name in config.learn.terms if name not in sources)
     sources |= {name: (TERMS[name].keys, TERMS[name].draw) for name in others}
     keys = jax.random.split(key, sum(count for count, _ in sources.values()))
@@ -136,6 +135,6 @@ def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
 
 
 def before_end(terminals: Array) -> Array:
-    """1 for a chunk up to the terminal one, 0 for those after it: [..., H + 1] -> the same."""
+    """1 up to and including the terminal chunk, 0 after it; shapes [..., H + 1]."""
     alive = jnp.cumprod(1 - terminals, axis=-1)
     return jnp.concatenate([jnp.ones_like(alive[..., :1]), alive[..., :-1]], axis=-1)

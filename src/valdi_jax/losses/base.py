@@ -1,4 +1,4 @@
-"""What a term of the objective is, and what it sees."""
+"""The interface of an objective term."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from valdi_jax.types import Array
 
 
 class View(struct.PyTreeNode):
-    """What one update shows to all terms. Gradients flow from it into encoder and dynamics.
+    """Inputs that all terms of one update share, with gradients into encoder and dynamics.
 
-    What lies beyond an episode's end trains nothing: ``valid`` is 0 there.
+    Chunks beyond an episode's end train nothing: ``valid`` is 0 there.
     """
 
     z: Array  # [B, D] online latent of the first observation
-    trajectory: Array  # [B, H + 1, D] z, and the latents that the dynamics predicts
+    trajectory: Array  # [B, H + 1, D] z and the predicted latents
     actions: Array  # [B, H + 1, C * A]
     rewards: Array  # [B, H + 1, C] times learn.reward_scale
     terminals: Array  # [B, H + 1] 1 where the episode ends within the chunk
-    valid: Array  # [B, H + 1] 0 for what is padding
+    valid: Array  # [B, H + 1] 0 for padding
     targets: Array  # [B, H, D] EMA latents of the next H observations, without gradient
     next_latents: Array  # [B, H + 1, D] latents for TD targets, without gradient
     dynamics_loss: Array  # []
 
 
 def no_draw(keys: Array, batch_size: int, *, config: Config) -> None:
-    """Nothing: the term is deterministic."""
+    """The draws of a deterministic term."""
 
 
 class Term(NamedTuple):
     """One term of the objective.
 
     Attributes:
-        trains: names of the networks that it may move. Gradients stop at all others; at the view
-            as well, unless one of them is the encoder.
+        trains: names of the networks that it trains. Gradients into all others are stopped, and
+            into the view too unless the encoder is among them.
         weight: (config) -> its weight.
-        loss: (params, ema_params, view, draws, *, config) -> the loss [] and metrics, all scalars.
-        keys: how many PRNG keys its randomness takes.
-        draw: (keys, batch size, *, config) -> its randomness of one update, any pytree.
+        loss: (params, ema_params, view, draws, *, config) -> the loss [] and scalar metrics.
+        keys: number of PRNG keys that ``draw`` takes.
+        draw: (keys, batch size, *, config) -> its random draws of one update, any pytree.
     """
 
     trains: tuple[str, ...]

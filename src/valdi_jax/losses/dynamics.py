@@ -1,4 +1,4 @@
-"""The dynamics' own loss, which the world model defines (equation 7)."""
+"""The dynamics loss, defined by the world model (equation 7)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from valdi_jax.types import Array, Params
 
 
 def draw(keys: Array, batch_size: int, *, config: Config) -> Any:
-    """The randomness of the world model, from [2] keys."""
+    """The world model's random draws, from [2] keys."""
     return DYNAMICS[config.model.dynamics].draw(keys, batch_size, config=config.model)
 
 
 def loss(
     params: Params, ema_params: Params, view: View, draws: Any, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss came with the trajectory."""
+    """The loss that was computed along with the trajectory."""
     return view.dynamics_loss, {}
 
 

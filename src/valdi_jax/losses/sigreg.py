@@ -21,8 +21,8 @@ def random_directions(key: Array, dim: int, count: int) -> Array:
 def sigreg(latents: Array, directions: Array, *, knots: int) -> Array:
     """Mean Epps-Pulley statistic over the projections of ``latents`` on ``directions``.
 
-    Compares the empirical characteristic function of each projection with the Gaussian's on
-    [0, 3]. Expected 1.0525 for Gaussian latents whatever the batch, 0.40205 B for all zeros.
+    Compares the empirical characteristic function of each projection with the Gaussian's on [0, 3].
+    Its expectation is 1.0525 for Gaussian latents of any batch size, and 0.40205 B for all zeros.
 
     Args:
         latents: [B, D].

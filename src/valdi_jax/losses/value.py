@@ -24,12 +24,12 @@ def td_targets(
 ) -> Array:
     """TD(lambda) targets [..., H + 1] in world-model steps, one-step targets by default.
 
-    Longer returns are those of the actions in the replay, without a correction for older policies.
+    Longer returns use the stored actions, without off-policy correction.
 
     Args:
         rewards: [..., H + 1, C] of each environment step.
         next_values: [..., H + 1] value after each chunk.
-        terminals: [..., H + 1] 1 where the episode terminated within the chunk: nothing follows.
+        terminals: [..., H + 1] 1 where the episode terminated within the chunk: no bootstrap.
         discount: per environment step.
         td_lambda: weight of the longer returns within the segment (Sutton & Barto, 2018, 12.18).
     """
@@ -53,7 +53,7 @@ def td_targets(
 def loss(
     params: Params, ema_params: Params, view: View, draws: None, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Squared TD error of every head at the predicted latents, the target from the EMA heads."""
+    """Mean squared TD error of all heads at the predicted latents, with EMA targets."""
     target = td_targets(
         view.rewards,
         jax.lax.stop_gradient(model.value(ema_params, view.next_latents, config=config)),

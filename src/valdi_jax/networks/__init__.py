@@ -1,1 +1,1 @@
-"""Flax modules, confined to these files and the dynamics."""
+"""Flax modules; apart from these files only the dynamics define any."""

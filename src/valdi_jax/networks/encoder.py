@@ -1,4 +1,4 @@
-"""The encoder: an observation becomes a latent (paper, Supp. B, "Encoder")."""
+"""The observation encoder (paper, Supp. B, "Encoder")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from valdi_jax.types import Array
 
 _IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 _IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
-_LAST_MAP = 4  # pixels a side that the last convolution takes in at most
+_LAST_MAP = 4  # largest side of the feature map that the last convolution covers
 
 Sides = tuple[int, int]
 
@@ -21,8 +21,8 @@ Sides = tuple[int, int]
 def convolutions(height: int, width: int) -> list[tuple[Sides, int, int]]:
     """(kernel, stride, padding) of each convolution for images of this size.
 
-    The first divides the sides by three, the next halve them until at most 4 pixels remain, and the
-    last takes in what remains. 96 x 96 pixels give the network of the paper (Table 2).
+    The first divides each side by three, the next halve it until at most 4 pixels remain, and the
+    last covers the rest. 96 x 96 pixels give the paper's network (Table 2).
     """
     shapes = [((5, 5), 3, 2)]
     height, width = -(-height // 3), -(-width // 3)
@@ -40,9 +40,9 @@ def layer_channels(config: ModelConfig, count: int) -> list[int]:
 
 
 def _standardize(image: Array) -> Array:
-    """uint8 [..., channels] -> float32 of about zero mean and unit variance (ImageNet's)."""
+    """uint8 [..., channels] -> float32, standardised with ImageNet's mean and deviation."""
     mean, std = _IMAGENET_MEAN, _IMAGENET_STD
-    if image.shape[-1] != 3:  # not colours: their average
+    if image.shape[-1] != 3:  # not RGB: average the channels' statistics
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     x = image.astype(jnp.float32) / 255
     return (x - on_last_axis(mean, image)) / on_last_axis(std, image)

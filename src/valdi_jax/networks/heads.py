@@ -1,4 +1,4 @@
-"""Reward head and value heads (paper, Table 2)."""
+"""Reward and value heads (paper, Table 2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RewardHead(nn.Module):
 
 
 class ValueHeads(nn.Module):
-    """Latent [..., D] -> the estimates of all value heads [E, ...]."""
+    """Latent [..., D] -> estimates of all value heads [E, ...]."""
 
     config: ModelConfig
 

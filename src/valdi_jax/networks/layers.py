@@ -1,4 +1,4 @@
-"""Layers shared by the networks, with the initialisation of the reference (PyTorch's defaults)."""
+"""Layers shared by the networks, initialised as in the reference (PyTorch's defaults)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from valdi_jax.types import Array, Params
 
-# Uniform in +-1/sqrt(fan_in), which is what PyTorch's default amounts to for both layers below.
+# Uniform in +-1/sqrt(fan_in): PyTorch's default for linear layers and convolutions.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _FEW_CHANNELS = 4
-_CONVOLVE_TILE = 16  # images whose blocks are multiplied at once
+_CONVOLVE_TILE = 16  # images per matrix product
 
 
 def _bias_init(fan_in: int):
@@ -30,22 +30,22 @@ def _bias_init(fan_in: int):
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Array:
-    """What a network whose state is its parameters alone makes of the inputs."""
+    """Apply a network that has no state besides its parameters."""
     return cast(Array, module.apply({"params": params}, *inputs))
 
 
 def on_last_axis(vector: Array | np.ndarray, like: Array) -> Array | np.ndarray:
-    """A vector [n] with axes of one before it, to meet ``like`` [..., n] without rank promotion."""
+    """Reshape [n] to [1, ..., 1, n] of the rank of ``like``, against rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def gelu(x: Array) -> Array:
-    """GELU in the tanh approximation, as everywhere in the paper (Table 2)."""
+    """GELU in the tanh approximation (paper, Table 2)."""
     return nn.gelu(x, approximate=True)
 
 
 def layer_norm(use_bias: bool = True, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the epsilon of the reference (linen's default is 1e-6)."""
+    """LayerNorm with the reference's epsilon (linen's default is 1e-6)."""
     return nn.LayerNorm(epsilon=1e-5, use_bias=use_bias, name=name)
 
 
@@ -73,19 +73,17 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **settings: Any,
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, in the form that is fastest on a CPU where it runs on one.
+    """`jax.lax.conv_general_dilated`, with faster forms on a CPU.
 
-    A kernel that takes in its whole input is one matrix product. Over few channels XLA's own is
-    slow; there a kernel of 2 s - 1 pixels with stride s is a product of blocks
-    (`_convolve_blocks`).
+    A kernel as large as its input becomes one matrix product. XLA is slow on few input channels;
+    there a kernel of 2 s - 1 pixels with stride s becomes a product of blocks (`_convolve_blocks`).
 
     Args:
         x: [B, height, width, in].
         kernel: [height, width, in, features].
         strides: along height and width.
         padding: before and after, along height and width.
-        settings: of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` gives them; neither
-            dilation nor groups.
+        settings: of `jax.lax.conv_general_dilated`, without dilation or groups.
 
     Returns: [B, height', width', features].
     """
@@ -121,8 +119,8 @@ def _convolve_blocks(
 ) -> Array:
     """Convolution of stride s, kernel 2 s - 1 and padding s - 1, as a product of s x s blocks.
 
-    An output takes in 2 x 2 blocks of the input. Each block is multiplied with the four parts of
-    the kernel at once, and every output adds up the four products that are its own.
+    Each output covers 2 x 2 input blocks. Every block is multiplied with all four parts of the
+    kernel at once, and each output sums its four products.
     """
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
@@ -139,7 +137,7 @@ def _convolve_blocks(
         y = y.reshape(rows + 1, columns + 1, 4, features)
         return y[:-1, :-1, 0] + y[:-1, 1:, 1] + y[1:, :-1, 2] + y[1:, 1:, 3]
 
-    # In tiles, as fresh memory for all products at once costs more than the products.
+    # Tiled, because allocating memory for all products at once costs more than the products.
     return jax.lax.map(one, x, batch_size=_CONVOLVE_TILE)
 
 
@@ -148,7 +146,7 @@ def _convolve_blocks_forward(default, stride, x, kernel):
 
 
 def _convolve_blocks_backward(default, stride, inputs, gradient):
-    # XLA's own is faster than the transpose of the above.
+    # XLA's own gradient is faster than that of the block product.
     return jax.vjp(default, *inputs)[1](gradient)
 
 
@@ -192,7 +190,7 @@ class MLP(nn.Module):
 class ResidualMLP(nn.Module):
     """Linear, ``depth`` residual blocks, linear: [..., in] -> [..., features].
 
-    A block adds LayerNorm -> linear to twice the width -> GELU -> linear (paper, Table 2).
+    Each block adds LayerNorm -> linear to twice the width -> GELU -> linear (paper, Table 2).
     """
 
     width: int

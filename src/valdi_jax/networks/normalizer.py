@@ -1,7 +1,6 @@
 """Running mean and variance of vector observations.
 
-The statistics live among the parameters, so that whoever has the parameters can plan; no gradient
-flows into them.
+They are stored with the parameters, so that planning needs nothing else, and get no gradient.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import numpy as np
 from valdi_jax.networks.layers import on_last_axis
 from valdi_jax.types import Array, Params
 
-_LIMIT = 10.0  # standard deviations to clip at: nothing rare may swamp the rest
-_TINY = 1e-8  # variance of an input that never varies
+_LIMIT = 10.0  # standard deviations to clip at, against outliers
+_OUTLIER = 5.0  # times the spread of 99 % of the readings
+_LARGEST = 1e15  # its square is finite in float32
+_TINY = 1e-8  # added to the variance, for constant inputs
 
 
 def init_normalizer(size: int) -> Params:
-    """Statistics of no observation yet: they leave a vector of ``size`` as it is."""
+    """Statistics before any observation: they leave a vector [size] unchanged."""
     return {
         "count": jnp.zeros(()),
         "mean": jnp.zeros((size,)),
@@ -27,11 +28,11 @@ def init_normalizer(size: int) -> Params:
 
 
 def merge(statistics: Params, vectors: np.ndarray) -> Params:
-    """Statistics that also cover ``vectors`` [n, size], on the host (Chan et al., 1979)."""
+    """Statistics updated with ``vectors`` [n, size], on the host (Chan et al., 1979)."""
     count, mean, variance = (
         np.asarray(statistics[name], np.float64) for name in ("count", "mean", "variance")
     )
-    vectors = vectors.astype(np.float64)
+    vectors = _without_outliers(vectors.astype(np.float64))
     total = count + len(vectors)
     share = len(vectors) / total
     shift = vectors.mean(axis=0) - mean
@@ -43,6 +44,18 @@ def merge(statistics: Params, vectors: np.ndarray) -> Params:
         + share * (1 - share) * shift**2,
     }
     return {name: jnp.asarray(value, jnp.float32) for name, value in merged.items()}
+
+
+def _without_outliers(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [n, size] in which a reading far beyond the others ("no reading") is brought nearer.
+
+    One of 1e38 would make the variance infinite, and that input a constant for ever.
+    """
+    centre = np.median(vectors, axis=0)
+    spread = np.quantile(np.abs(vectors - centre), 0.99, axis=0)
+    spread = np.where(spread > 0, spread, np.inf)  # no spread: nothing to measure outliers by
+    reach = np.minimum(_OUTLIER * spread, _LARGEST)
+    return np.clip(vectors, centre - reach, centre + reach)
 
 
 def normalize(statistics: Params, vector: Array) -> Array:

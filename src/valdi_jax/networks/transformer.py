@@ -14,7 +14,7 @@ from valdi_jax.types import Array
 class Block(nn.Module):
     """Pre-norm transformer block without biases: [..., tokens, width] -> [..., answers, width].
 
-    All tokens are attended to; only the last ``answers`` of them go on.
+    It attends to all tokens; only the last ``answers`` of them are computed further.
     """
 
     heads: int
@@ -40,11 +40,10 @@ class Block(nn.Module):
 
 
 class TrajectoryTransformer(nn.Module):
-    """Velocity of a noised latent trajectory, given where it starts and the actions taken.
+    """Velocity of a noised latent trajectory, given its initial latent and the actions.
 
-    The condition token carries z_t; each of the H others carries the embedded time, its position's
-    learned marker, its action chunk and its noised latent, all concatenated to the width. A
-    subclass says how the time is embedded.
+    The condition token holds z_t. Each of the H others concatenates the time embedding, a learned
+    position marker, its action chunk and its noised latent. Subclasses define the time embedding.
     """
 
     config: ModelConfig
@@ -96,7 +95,7 @@ class TrajectoryTransformer(nn.Module):
         )
         x = jnp.concatenate([condition[..., None, :], tokens], axis=-2)
         for i in range(config.transformer_depth):
-            # No output is read off the condition token: after the last attention it is dropped.
+            # The condition token has no output, so the last block drops it after the attention.
             answers = horizon if i == config.transformer_depth - 1 else horizon + 1
             x = Block(
                 config.transformer_heads, config.transformer_hidden, answers, name=f"block_{i}"

@@ -1,4 +1,4 @@
-"""Planners: each is a file here and a line in the registry; `plan` ties one to the model."""
+"""Planners, one file each, their registry, and `plan`, which applies one to the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLANNERS: Registry[Planner] = Registry(
 
 
 def first_carry(config: Config) -> Any:
-    """What the first plan of an episode starts from: ``Plan.carry`` of the plan before it."""
+    """``Plan.carry`` for the first plan of an episode."""
     return PLANNERS[config.planner.kind].init(config.search_shape, config=config.planner)
 
 
@@ -43,23 +43,22 @@ def plan(
 ) -> Plan:
     """Plan from one observation in one compiled call; pure, so it can be vmapped.
 
-    Within ``jax.set_mesh(mesh)`` the devices of the mesh share the candidates, if these can be
-    split evenly; the parameters, the observation and the key are then needed on all of them.
+    Within ``jax.set_mesh(mesh)`` the mesh's devices share the candidates if these split evenly; the
+    parameters, the observation and the key must then be on all of them.
 
     Args:
         params: parameters of all networks, as in ``AgentState.params``.
         obs: one observation, without a batch axis.
         key: PRNG key; the same key gives the same plan.
-        config: the run's configuration (static: another model or planner compiles again).
-        noise_std: standard deviation of the exploration noise added before the planner's squash
+        config: the run's configuration (static: another model or planner recompiles).
+        noise_std: standard deviation of the exploration noise, added before the planner's squash
             (CEM's is tanh).
-        carry: ``Plan.carry`` of the episode's plan before, where the planner carries anything on;
-            `first_carry` if not given.
+        carry: ``Plan.carry`` of the episode's previous plan; by default `first_carry`.
 
     Returns: the plan; execute its first C actions, then plan again.
 
     Raises:
-        UsageError: if there is no such planner or dynamics.
+        UsageError: if the planner or the dynamics is unknown.
     """
     return _plan(params, obs, key, noise_std, carry, config=config.graph)
 
@@ -112,5 +111,5 @@ def _plan(
 
 
 def hold(sequences: Array, steps: int) -> Array:
-    """Each action of sequences [..., S, A] for so many steps: [..., S * steps, A]."""
+    """Repeat each action of sequences [..., S, A] ``steps`` times: [..., S * steps, A]."""
     return jnp.repeat(sequences, steps, axis=-2)

@@ -1,4 +1,4 @@
-"""What a planner is, and what it is given: a problem, which hides the model."""
+"""The interface of a planner, and the search problem it solves, which hides the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from valdi_jax.types import Array
 
 
 class Problem(NamedTuple):
-    """All that a planner sees.
+    """A search problem.
 
     Attributes:
         shape: [S, A] of a sequence of actions.
-        executed: actions of it that are executed before the next search.
+        executed: leading actions that are executed before the next search.
         score: (sequences [N, S, A] in [-1, 1], key) -> scores [N], to be maximised; differentiable.
     """
 
@@ -28,10 +28,10 @@ class Problem(NamedTuple):
 
 
 class Found(struct.PyTreeNode):
-    """What a search found."""
+    """Result of a search."""
 
-    sequence: Array  # [S, A] the answer, before the planner's squash
-    score: Array | None  # [] of the answer, where the search knows it
+    sequence: Array  # [S, A] the chosen sequence, before the planner's squash
+    score: Array | None  # [] of the sequence, if the search knows it
     mean: Array  # [S, A] of the last sampling distribution
     std: Array  # [S, A] of the last sampling distribution
 
@@ -40,10 +40,9 @@ class Planner(NamedTuple):
     """A search as pure functions; ``config`` is the `PlannerConfig`.
 
     Attributes:
-        init: (shape [S, A], *, config) -> what an episode's first search starts from, any pytree.
-        search: (problem, carry, key, *, config) -> what it found, and the next carry.
-        squash: from the space that it searches to actions in [-1, 1]; exploration noise is added
-            before it.
+        init: (shape [S, A], *, config) -> carry of an episode's first search, any pytree.
+        search: (problem, carry, key, *, config) -> `Found`, and the next carry.
+        squash: maps the search space to actions in [-1, 1], after exploration noise is added.
     """
 
     init: Callable[..., Any]
@@ -52,23 +51,23 @@ class Planner(NamedTuple):
 
 
 def clip(actions: Array) -> Array:
-    """The squash of planners that search among the actions themselves."""
+    """The squash of planners that search in action space."""
     return jnp.clip(actions, -1, 1)
 
 
 def no_nan(scores: Array) -> Array:
-    """Scores [N] by which a candidate without a number is never chosen while another is left."""
+    """Scores [N] with NaN replaced by -inf, so that such candidates are chosen last."""
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
 def shift(sequence: Array, executed: int) -> Array:
-    """A sequence [..., S, A] as the next search sees it: the first are done, the last unknown."""
+    """Drop the executed actions of a sequence [..., S, A] and append zeros."""
     rest = sequence[..., executed:, :]
     return jnp.concatenate([rest, jnp.zeros_like(sequence[..., :executed, :])], axis=-2)
 
 
 def correlated_normal(key: Array, shape: tuple[int, ...], *, correlation: float) -> Array:
-    """Standard normal noise [..., S, A], along S an AR(1) process.
+    """Standard normal noise [..., S, A], an AR(1) process along S.
 
     x_t = c x_{t-1} + sqrt(1 - c^2) e_t with the correlation c and independent normal e_t.
     """

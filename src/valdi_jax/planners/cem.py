@@ -14,11 +14,11 @@ from valdi_jax.config import PlannerConfig
 from valdi_jax.planners.base import Found, Planner, Problem, correlated_normal, no_nan, shift
 from valdi_jax.types import Array
 
-_WARM_LIMIT = 1.5  # of a mean that is carried on, before tanh: actions of +-0.9
+_WARM_LIMIT = 1.5  # of a warm-start mean, before tanh: actions of +-0.9
 
 
 class CEMState(struct.PyTreeNode):
-    """The search between two iterations."""
+    """State between two iterations."""
 
     mean: Array  # [...] of the sampling distribution
     std: Array  # [...]
@@ -44,12 +44,12 @@ def cem(
         mean: [...] of the first sampling distribution.
         std: [...] of the first sampling distribution.
         key: PRNG key.
-        candidates: N sampled in each iteration.
+        candidates: N sampled per iteration.
         elites: K kept, 2 .. N (the sample standard deviation needs two).
         iterations: refits.
-        draw: (key, [N, ...]) -> standard normal noise, which may be correlated within a candidate.
+        draw: (key, [N, ...]) -> standard normal noise, possibly correlated within a candidate.
 
-    Returns: the final distribution, and the best candidate seen over all iterations.
+    Returns: the final distribution, and the best candidate of all iterations.
 
     Raises:
         ValueError: if ``elites`` is not in 2 .. N.
@@ -80,7 +80,7 @@ def cem(
 
 
 def init(shape: tuple[int, int], *, config: PlannerConfig) -> Array | None:
-    """The mean [S, A] of a first search, if means are carried on at all."""
+    """Initial mean [S, A] if searches are warm-started."""
     return jnp.zeros(shape) if config.warm_start else None
 
 
@@ -99,8 +99,8 @@ def search(
         draw=functools.partial(correlated_normal, correlation=config.correlation),
     )
     if config.warm_start:
-        # Bounded, so that samples around it still reach either sign: where tanh has saturated,
-        # nothing in the score pulls a mean back.
+        # Bounded, so that samples around it reach both signs: where tanh saturates, the score does
+        # not pull the mean back.
         carry = jnp.clip(shift(found.mean, problem.executed), -_WARM_LIMIT, _WARM_LIMIT)
     best = config.answer == "best"
     return Found(

@@ -1,8 +1,8 @@
-"""iCEM: fewer samples that are worth more (Pinneri et al., 2020).
+"""iCEM, sample-efficient CEM (Pinneri et al., 2020).
 
-Over CEM: noise correlated over time, fewer candidates each iteration, elites kept for the next
-iteration and, moved on, for the next decision, the mean among the last candidates, and a mean that
-is carried on. It searches among the actions themselves, clipped.
+It adds to CEM: noise correlated over time; a decaying number of candidates; elites kept for the
+next iteration and, shifted, for the next decision; the mean as one of the last candidates; a
+warm-started mean. It searches in action space, with clipping.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Carry(NamedTuple):
 
     mean: Array  # [S, A]
     elites: Array  # [kept, S, A]
-    known: Array  # [] bool, whether there have been elites
+    known: Array  # [] bool, whether the elites are valid
 
 
 def population(iteration: int, config: PlannerConfig) -> int:
-    """Candidates sampled in an iteration: N decay^-i, but twice the elites if there are as many."""
+    """Candidates sampled in an iteration: N decay^-i, at least 2 K, at most N."""
     count = int(config.candidates * config.icem.decay**-iteration)
     return min(config.candidates, max(count, 2 * config.elites))
 
@@ -40,7 +40,7 @@ def colored_normal(key: Array, shape: tuple[int, ...], *, exponent: float) -> Ar
 def _coloring(steps: int, exponent: float) -> np.ndarray:
     """Matrix M [S, S] such that M e is coloured noise of unit variance for white noise e."""
     frequencies = np.fft.rfftfreq(steps)
-    frequencies[0] = frequencies[1] if steps > 1 else 1  # a mean as strong as the slowest wave
+    frequencies[0] = frequencies[1] if steps > 1 else 1  # the mean is as strong as the slowest wave
     power = np.concatenate([frequencies, frequencies[1 : (steps + 1) // 2]]) ** -exponent
     waves = np.concatenate(
         [
@@ -54,7 +54,7 @@ def _coloring(steps: int, exponent: float) -> np.ndarray:
 
 
 def init(shape: tuple[int, int], *, config: PlannerConfig) -> Carry:
-    """No mean and no elites yet."""
+    """Zero mean, no elites."""
     elites = jnp.zeros((_kept(config), *shape))
     return Carry(jnp.zeros(shape), elites, jnp.zeros((), bool))
 
@@ -62,12 +62,12 @@ def init(shape: tuple[int, int], *, config: PlannerConfig) -> Carry:
 def search(
     problem: Problem, carry: Carry, key: Array, *, config: PlannerConfig
 ) -> tuple[Found, Carry]:
-    """See the module."""
+    """Search with iCEM, as the module describes."""
     settings, kept = config.icem, _kept(config)
     mean, std = carry.mean, jnp.full(problem.shape, settings.std)
     elite = carry.elites
     best, best_score = mean, jnp.float32(-jnp.inf)
-    # No scan: each iteration has another number of candidates.
+    # Unrolled, because the number of candidates differs between iterations.
     for i, iteration_key in enumerate(jax.random.split(key, config.iterations)):
         sample_key, score_key = jax.random.split(iteration_key)
         shape = (population(i, config), *problem.shape)

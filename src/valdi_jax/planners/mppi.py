@@ -1,8 +1,7 @@
-"""MPPI as TD-MPC2 has it (Williams et al., 2015; Hansen et al., 2024), without its policy prior.
+"""MPPI as in TD-MPC2 (Williams et al., 2015; Hansen et al., 2024), without its policy prior.
 
-The next distribution is that of the elites weighted by a softmax of their returns, its standard
-deviation is bounded, and its mean, moved on, is where the next decision starts. It searches among
-the actions themselves, clipped.
+Each refit weights the elites by a softmax of their returns and bounds the standard deviation. The
+next decision starts from the shifted mean. It searches in action space, with clipping.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from valdi_jax.types import Array
 
 
 class MPPIState(NamedTuple):
-    """The search between two iterations."""
+    """State between two iterations."""
 
     mean: Array  # [S, A]
     std: Array  # [S, A]
@@ -27,14 +26,14 @@ class MPPIState(NamedTuple):
 
 
 def init(shape: tuple[int, int], *, config: PlannerConfig) -> Array:
-    """The mean [S, A] of a first search."""
+    """Initial mean [S, A]."""
     return jnp.zeros(shape)
 
 
 def search(
     problem: Problem, carry: Array, key: Array, *, config: PlannerConfig
 ) -> tuple[Found, Array]:
-    """See the module."""
+    """Search with MPPI, as the module describes."""
     settings = config.mppi
 
     def iterate(state: MPPIState, key: Array) -> tuple[MPPIState, None]:

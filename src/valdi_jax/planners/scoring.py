@@ -1,4 +1,4 @@
-"""What a sequence of actions is worth to the model (paper, equation 10)."""
+"""Predicted return of action sequences (paper, equation 10)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ def predicted_return(
         params: all networks.
         z: [D] or [..., D].
         actions: [..., H, C * A]; the networks compute in their dtype.
-        noise: [..., H, D] start of the diffusion.
-        config: the run's configuration.
-        steps: DDIM steps.
+        noise: [..., H, D] start of the sampler.
+        steps: of the sampler.
     """
     chex.assert_shape(noise, (*actions.shape[:-1], z.shape[-1]))
     z = jnp.broadcast_to(z, (*actions.shape[:-2], z.shape[-1])).astype(actions.dtype)
@@ -38,7 +37,7 @@ def predicted_return(
 def trajectory_return(
     params: Params, z: Array, imagined: Array, actions: Array, *, config: Config
 ) -> Array:
-    """Score [...] of imagined latents [..., H, D] after z [..., D] (equation 10)."""
+    """Discounted return [...] of imagined latents [..., H, D] after z [..., D] (equation 10)."""
     imagined = imagined.astype(actions.dtype)
     states = jnp.concatenate([z[..., None, :], imagined[..., :-1, :]], axis=-2)
     rewards = model.reward(params, states, actions, config=config)
@@ -49,7 +48,7 @@ def trajectory_return(
 
 
 def over_devices(score: Callable[..., Array]) -> Callable[..., Array]:
-    """`predicted_return` with its candidates [N, ...] spread over the mesh in context, if any."""
+    """`predicted_return` with its candidates [N, ...] sharded over the mesh in context, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return score
@@ -59,5 +58,5 @@ def over_devices(score: Callable[..., Array]) -> Callable[..., Array]:
             actions = jax.lax.with_sharding_constraint(actions, PartitionSpec(mesh.axis_names))
         return score(params, z, actions, noise)
 
-    # Whatever kind of axes the mesh has, the compiler lays out what follows from that.
+    # For any kind of mesh axes, the compiler derives the remaining layout.
     return jax.sharding.auto_axes(spread, out_sharding=PartitionSpec())

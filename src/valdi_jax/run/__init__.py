@@ -1,1 +1,1 @@
-"""A training run: its loop, its directory, what it tells."""
+"""A training run: loop, run directory and reports."""

@@ -3,8 +3,8 @@
     DIR/config.json          its configuration and how it was trained
     DIR/model.safetensors    its parameters, named by their path (``encoder.head.linear_0...``)
 
-``config.json`` holds the checksum of the parameters and its own. The package comes with a few
-agents, which commands take by name (``python -m valdi_jax.evaluate carracing``).
+``config.json`` holds checksums of the parameters and of itself. Commands also take an agent bundled
+with the package by its name (``python -m valdi_jax.evaluate carracing``).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _PACKAGED = Path(__file__).parent.parent / "pretrained"
 
 
 def packaged() -> list[str]:
-    """Names of the agents that come with the package."""
+    """Names of the bundled agents."""
     return sorted(path.parent.name for path in _PACKAGED.glob(f"*/{TENSORS}"))
 
 
 def locate(where: Path) -> Path | None:
-    """The directory of an exported agent that is meant: itself, its tensors' file, or its name.
+    """Directory of an exported agent, given itself, its tensor file, or a bundled agent's name.
 
     Raises:
-        UsageError: if the path cannot be looked at.
+        UsageError: if the path cannot be read.
     """
     try:
         if where.name == TENSORS and where.is_file():
@@ -55,17 +55,13 @@ def locate(where: Path) -> Path | None:
 def save(
     directory: Path, params: Params, config: Config, *, half: bool, trained: dict[str, Any]
 ) -> None:
-    """Write an agent, complete or not at all.
+    """Write an agent to a new directory, atomically.
 
-    Args:
-        directory: a new one.
-        params: parameters of all networks.
-        config: the configuration that they were trained with.
-        half: store them as float16, the normaliser's statistics excepted.
-        trained: what is to be said of the training.
+    ``trained`` is a record of its training. With ``half``, parameters are stored as float16, except
+    the normaliser's statistics.
 
     Raises:
-        UsageError: if the directory exists or cannot be written, or a parameter is not finite, or
+        UsageError: if the directory exists or cannot be written, or a parameter is not finite or
             too large for float16.
     """
     tensors = {}
@@ -97,10 +93,10 @@ def save(
 
 
 def load(directory: Path) -> tuple[Config, Params, dict[str, Any]]:
-    """An exported agent: its configuration, its parameters in float32, how it was trained.
+    """Read an exported agent: its configuration, float32 parameters and training record.
 
     Raises:
-        UsageError: if it is damaged or not an exported agent, in one sentence.
+        UsageError: if it is damaged or not an exported agent.
     """
     try:
         body = read_signed(directory / CONFIG)

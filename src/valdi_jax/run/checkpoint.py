@@ -1,6 +1,7 @@
 """The run directory: configuration, checkpoints and the replay's episodes.
 
     RUN/config.json               the resolved configuration
+    RUN/run.json                  the run's identity, and the checksum of its configuration
     RUN/checkpoints/00000025/     after 25 episodes:
         params/                     the online networks, all that acting needs (Orbax)
         training/                   EMA, optimizer, step and key (Orbax)
@@ -8,13 +9,13 @@
         manifest.json               checksums of these files and of the replay's
     RUN/replay/00000024.npz       one episode, written once
     RUN/nonfinite/00000731.npz    the batch of an update whose loss was not finite
-    RUN/metrics.jsonl             one line an episode
-    RUN/evaluations.jsonl         one line an evaluation
+    RUN/metrics.jsonl             one line per episode
+    RUN/evaluations.jsonl         one line per evaluation
     RUN/events.out.tfevents.*     TensorBoard
     RUN/lock                      held by the process that trains
 
-Everything random follows from the seed and the counters, so there is no other state to keep. What
-is found damaged is set aside: its name then begins with ``damaged-``.
+All randomness derives from the seed and the counters, so there is no other state to save. Damaged
+files are renamed with the prefix ``damaged-``.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import types
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ import orbax.checkpoint as ocp
 from valdi_jax.config import Config, added_since, from_dict, to_dict
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.source import Progress
-from valdi_jax.errors import UsageError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.model import init_params
 from valdi_jax.observation import Observation
 from valdi_jax.run import agents
@@ -62,9 +64,13 @@ from valdi_jax.run.manifest import (
 from valdi_jax.types import AgentState, Batch, Params
 from valdi_jax.updates import init_state
 
-_UNFINISHED = ("partial", "replaced")  # prefixes of checkpoints that do not count
+_UNFINISHED = ("partial", "replaced", "deleted")  # prefixes of checkpoints to ignore
 
-# What reading a damaged .npz file raises, depending on where the damage is.
+_IDENTITY = "run.json"
+_LARGEST_CONFIG = 1_000_000  # bytes
+_READS = 5  # attempts to read an agent of a run in progress
+
+# Exceptions that reading a damaged .npz file can raise.
 _DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, SyntaxError),
     *(RuntimeError, OverflowError, MemoryError),
@@ -72,14 +78,14 @@ _DAMAGED = (
 )
 
 
-def create_run(run_dir: Path, config: Config, state: AgentState | None = None) -> None:
-    """Make a run directory that holds the configuration.
+def create_run(
+    run_dir: Path, config: Config, state: AgentState | None = None, *, made_by: str | None = None
+) -> None:
+    """Make a run of a directory that this process holds (see `lock`).
 
-    Args:
-        run_dir: a directory without a run.
-        config: the run's configuration.
-        state: agent that the run starts from, where that does not follow from the configuration.
-            Its checkpoint is there before the directory counts as a run.
+    A run that does not start from the agent that its configuration determines needs its ``state``.
+    That checkpoint is written first: without it the directory does not count as a run. ``made_by``
+    names a custom factory of the environments.
 
     Raises:
         UsageError: if the directory cannot be written, or already holds a run.
@@ -91,6 +97,10 @@ def create_run(run_dir: Path, config: Config, state: AgentState | None = None) -
                 "with resume=True)"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
+        write_signed(
+            run_dir / _IDENTITY,
+            {"id": secrets.token_hex(16), "made_by": made_by, "config_sha256": []},
+        )
         if state is not None:
             save(run_dir, state, Progress(), keep=1, replay={})
         save_config(run_dir, config)
@@ -99,15 +109,56 @@ def create_run(run_dir: Path, config: Config, state: AgentState | None = None) -
 
 
 def save_config(run_dir: Path, config: Config) -> None:
-    """Write the configuration of a run."""
-    write_json(run_dir / "config.json", to_dict(config))
+    """Write the configuration of a run, and its checksum."""
+    content = json.dumps(to_dict(config), indent=2).encode() + b"\n"
+    accept_config(run_dir, hashlib.sha256(content).hexdigest(), keep=True)
+    write_atomic(run_dir / "config.json", content)
+    accept_config(run_dir, hashlib.sha256(content).hexdigest())
+
+
+def accept_config(run_dir: Path, digest: str | None = None, *, keep: bool = False) -> None:
+    """Take the configuration as it is, or as it will be, for the run's own.
+
+    Args:
+        run_dir: directory of the run.
+        digest: of the configuration; that of the file if not given.
+        keep: accept the one before as well, in case of a kill before the file is replaced.
+    """
+    body = identity(run_dir) or {"id": secrets.token_hex(16), "made_by": None, "config_sha256": []}
+    accepted = [digest or file_digest(run_dir / "config.json")]
+    if keep:
+        accepted += body["config_sha256"]
+    write_signed(run_dir / _IDENTITY, {**body, "config_sha256": accepted})
+
+
+def identity(run_dir: Path) -> dict[str, Any] | None:
+    """The run's identity; None for a run older than this feature.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    path = Path(run_dir) / _IDENTITY
+    if not path.exists():
+        return None
+    try:
+        body = read_signed(path)
+        return {
+            "id": body["id"],
+            "made_by": body["made_by"],
+            "config_sha256": body["config_sha256"],
+        }
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}): delete it, and the run has no identity"
+        ) from error
 
 
 def load_config(run_dir: Path) -> Config:
     """The configuration of a run.
 
     Raises:
-        UsageError: if this is not a run directory, or its configuration is not valid.
+        UsageError: if this is not a run directory, or its configuration is not valid or differs
+            from its checksum.
     """
     path = Path(run_dir) / "config.json"
     try:
@@ -115,75 +166,88 @@ def load_config(run_dir: Path) -> Config:
             raise UsageError(f"{run_dir} is not a run directory: it has no config.json")
         if (Path(run_dir) / agents.TENSORS).exists():
             raise UsageError(f"{run_dir} is an agent, not a run: start one with --init-from")
-        data = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} is not a valid configuration: {error}") from error
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        content = path.read_bytes()
+        data = json.loads(content)
+    except (ValueError, OSError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise UsageError(f"{path} is not a valid configuration: {reason}") from error
     try:
-        return from_dict(data)
+        config = from_dict(data)
     except UsageError as error:
         raise UsageError(f"{path} is not a valid configuration: {error}") from error
+    known = identity(run_dir)
+    if known and hashlib.sha256(content).hexdigest() not in known["config_sha256"]:
+        raise UsageError(
+            f"{path} differs from its checksum; if it was changed on purpose, python -m "
+            f"valdi_jax.checkpoint {run_dir} --accept-config renews that"
+        )
+    return config
 
 
 def options_since(run_dir: Path) -> list[str]:
-    """Options that there were not yet when a run began: they have their defaults there."""
+    """Options added since a run began, which have their defaults there."""
     return added_since(json.loads((run_dir / "config.json").read_text()))
 
 
 def save(
     run_dir: Path, state: AgentState, progress: Progress, *, keep: int, replay: dict[int, str]
 ) -> Path:
-    """Write a checkpoint, complete or not at all, and delete the oldest beyond ``keep``.
+    """Write a checkpoint atomically, and delete the oldest beyond ``keep``.
 
-    Args:
-        run_dir: directory of the run.
-        state: the agent.
-        progress: the run's counters.
-        keep: checkpoints that stay, this one included.
-        replay: checksums of the episodes in the replay, as `save_episode` gives them.
+    ``replay`` holds the checksums of the replay buffer's episodes, from `save_episode`.
 
     Returns: the checkpoint's directory.
 
     Raises:
-        OSError: if it cannot be written; those before it stay.
+        OSError: if it cannot be written; earlier checkpoints stay.
     """
     final = run_dir / "checkpoints" / f"{progress.episodes:08d}"
-    partial, replaced = (final.with_name(f"{kind}-{final.name}") for kind in _UNFINISHED)
-    for kind in _UNFINISHED:  # what an earlier kill may have left
+    partial, replaced, _ = (final.with_name(f"{kind}-{final.name}") for kind in _UNFINISHED)
+    for kind in _UNFINISHED:  # left by an earlier kill
         for leftover in final.parent.glob(f"{kind}-*"):
             shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     training = _training_tree(state)
-    counters = dataclasses.replace(progress, seconds=0.0)  # the same whatever it took
+    counters = dataclasses.replace(progress, seconds=0.0)  # time is not part of the content
     content = (state.params, training, dataclasses.asdict(counters), sorted(replay.items()))
     try:
         _save_tree(partial / "params", state.params)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
-        _write_manifest(partial, updates=int(state.step), replay=replay, content=content)
+        run = (identity(run_dir) or {}).get("id")
+        _write_manifest(partial, run, updates=int(state.step), replay=replay, content=content)
         flush(partial)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # what a full disk is least in need of
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # frees the space on a full disk
         raise
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
     flush(final.parent, recursive=False)
-    for old in [replaced, *checkpoints(run_dir)[:-keep]]:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in checkpoints(run_dir)[:-keep]:
+        # Renamed first, so that readers find all of it or nothing.
+        shutil.rmtree(old.rename(old.with_name(f"deleted-{old.name}")), ignore_errors=True)
     return final
 
 
 def save_params(run_dir: Path, params: Params) -> Path:
-    """Write a checkpoint that can be evaluated but not trained on."""
+    """Write a checkpoint that can be evaluated but not resumed."""
     final = run_dir / "checkpoints" / "00000000"
     _save_tree(final / "params", params)
     write_json(final / "progress.json", dataclasses.asdict(Progress()))
-    _write_manifest(final, updates=0, replay={}, content=params)
+    run = (identity(run_dir) or {}).get("id")
+    _write_manifest(final, run, updates=0, replay={}, content=params)
     return final
 
 
-def _write_manifest(directory: Path, *, updates: int, replay: dict[int, str], content: Any) -> None:
+def _write_manifest(
+    directory: Path, run: str | None, *, updates: int, replay: dict[int, str], content: Any
+) -> None:
     body = {
+        "run": run,
         "updates": updates,
         "content": content_digest(jax.tree.map(_hashable, content)),
         "files": describe_files(directory),
@@ -197,16 +261,21 @@ def _hashable(leaf: Any) -> Any:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint's own files, a sentence each; nothing if it is whole."""
+    """Defects of a checkpoint's own files, a sentence each; empty if it is intact."""
     try:
         replay_digests(checkpoint)
-        return find_damage(checkpoint, read_signed(checkpoint / MANIFEST)["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        damage = find_damage(checkpoint, read_signed(checkpoint / MANIFEST)["files"])
+        if not damage and _load_progress(checkpoint / "progress.json").episodes != int(
+            checkpoint.name
+        ):
+            damage = [f"{checkpoint} is of another number of episodes than its name says"]
+        return damage
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         return [str(error)]
 
 
 def verify_replay(run_dir: Path, checkpoint: Path) -> dict[int, str]:
-    """What is wrong with the episodes that a checkpoint goes on with, by their numbers."""
+    """Defects of a checkpoint's replay episodes, by their numbers."""
     problems = {}
     for number, digest in replay_digests(checkpoint).items():
         path = _episode_path(run_dir, number)
@@ -218,40 +287,45 @@ def verify_replay(run_dir: Path, checkpoint: Path) -> dict[int, str]:
 
 
 def replay_digests(checkpoint: Path) -> dict[int, str]:
-    """Checksums of the episodes in the replay of a checkpoint that is whole, oldest first."""
-    replay = read_signed(checkpoint / MANIFEST)["replay"]  # its keys are text, in the order of text
+    """Checksums of an intact checkpoint's replay episodes, oldest first."""
+    replay = read_signed(checkpoint / MANIFEST)["replay"]  # JSON keys are text, and sorted as text
     return dict(sorted((int(number), digest) for number, digest in replay.items()))
 
 
 class Recovered(NamedTuple):
-    """What a run goes on from."""
+    """What a run resumes from."""
 
-    checkpoint: Path | None = None  # None if the run has not had one
-    digests: Mapping[int, str] = types.MappingProxyType({})  # of the episodes to go on with
-    sentences: Sequence[str] = ()  # what was found damaged
+    checkpoint: Path | None = None  # None if the run has none
+    digests: Mapping[int, str] = types.MappingProxyType({})  # of the intact episodes
+    sentences: Sequence[str] = ()  # on what is damaged
 
 
 def recover(run_dir: Path) -> Recovered:
-    """The newest checkpoint that is whole, with its replay if any has a whole one.
+    """The newest intact checkpoint, preferably one whose replay episodes are intact too.
 
-    What is damaged is set aside, and so are newer checkpoints than the one that is used.
+    Damaged files, and checkpoints newer than the one used, are set aside.
 
     Raises:
-        UsageError: if there are checkpoints, but none that is whole.
+        UsageError: if there are checkpoints, but none is intact.
     """
     for replaced in (run_dir / "checkpoints").glob("replaced-" + "[0-9]" * 8):
         final = replaced.with_name(replaced.name.removeprefix("replaced-"))
-        if not final.exists():  # a kill came after it was moved, before the new one was there
+        if not final.exists():  # killed between the two renames of `save`
             replaced.rename(final)
+    sentences = []
+    for path in checkpoints(run_dir):
+        if _is_foreign(run_dir, path):
+            _set_aside(path, "foreign")
+            sentences.append(f"{path} belongs to another run, and is set aside")
     found = checkpoints(run_dir)
     damage = {path: verify(path) for path in found}
     whole = [path for path in found if not damage[path]]
     lost = {path: verify_replay(run_dir, path) for path in whole}
-    sentences = [sentence for path in found for sentence in damage[path]]
+    sentences += [sentence for path in found for sentence in damage[path]]
     if not whole:
         if found:
             raise UsageError(f"no checkpoint of {run_dir} is whole: {sentences[-1]}")
-        return Recovered()
+        return Recovered(sentences=sentences)
     used = next((path for path in reversed(whole) if not lost[path]), whole[-1])
     missing = {number: text for path in whole for number, text in lost[path].items()}
     sentences += missing.values()
@@ -269,22 +343,66 @@ def recover(run_dir: Path) -> Recovered:
     return Recovered(used, kept, sentences)
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"damaged-{path.name}")
+def _is_foreign(run_dir: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint, if that can be read, says that it belongs to another run."""
+    known = identity(run_dir)
+    try:
+        run = read_signed(checkpoint / MANIFEST).get("run")
+    except ValueError:
+        return False
+    return known is not None and run is not None and run != known["id"]
+
+
+def _set_aside(path: Path, why: str = "damaged") -> None:
+    aside = path.with_name(f"{why}-{path.name}")
     if aside.is_dir():
         shutil.rmtree(aside)
     if path.exists():
         path.replace(aside)
 
 
+class Lock:
+    """A run directory that this process holds.
+
+    Attributes:
+        warning: a message to report, if any.
+    """
+
+    def __init__(self, run_dir: Path, file: IO[str], warning: str = ""):
+        self._path, self._file, self.warning = run_dir / "lock", file, warning
+
+    def check(self) -> None:
+        """Raise StoppedError if the directory is no longer where it was."""
+        try:
+            here = self._path.stat().st_ino == os.fstat(self._file.fileno()).st_ino
+        except OSError:
+            here = False
+        if not here:
+            raise StoppedError(f"{self._path.parent} was moved or deleted while the run went on")
+
+
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; the system lets go of it however the process ends.
+def lock(run_dir: Path) -> Iterator[Lock]:
+    """Lock a run directory, made if missing; the system unlocks it however the process ends.
 
     Raises:
-        UsageError: if another process holds it.
+        UsageError: if another process holds it, it cannot be written, its name would be misread, or
+            it contains links that lead elsewhere.
     """
-    with open(run_dir / "lock", "a+") as file:
+    if str(run_dir) in ("", "."):
+        raise UsageError("the run directory is empty or the current one: give it a name")
+    if any(character in str(run_dir.absolute()) for character in "[]*?"):
+        raise UsageError(f"{run_dir.absolute()}: checkpoints need a path without any of []*?")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in run_dir.rglob("*"):
+            if path.is_symlink():
+                raise UsageError(f"{path} is a symbolic link, which would be written through")
+        file = open(run_dir / "lock", "a+")
+    except OSError as error:
+        raise UsageError(f"cannot write to {run_dir}: {error.strerror or error}") from error
+    with file:
+        held = Lock(run_dir, file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -292,10 +410,12 @@ def lock(run_dir: Path) -> Iterator[None]:
             raise UsageError(
                 f"{run_dir} is in use by the process {file.read().strip() or 'that locked it'}"
             ) from None
+        except OSError as error:  # some cluster file systems have no locks
+            held.warning = f"{run_dir} cannot be locked ({error.strerror}): start one process alone"
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield held
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -316,7 +436,7 @@ def latest(run_dir: Path) -> Path:
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
-    """The run directory that is meant, and the checkpoint, where it is one of its checkpoints."""
+    """The run directory of a path, and the checkpoint if the path is one."""
     if path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     return path, None
@@ -324,25 +444,25 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 @dataclasses.dataclass(frozen=True)
 class StoredAgent:
-    """A trained agent that has been found.
+    """A trained agent on disk.
 
     Attributes:
         name: where it is.
         config: the configuration that it was trained with.
+        made_by: name of the custom factory of its environments, if any.
     """
 
     name: str
     config: Config
     read: Callable[[], Params]
+    made_by: str | None = None
 
     def load(
         self, observation: Observation | None = None, *, config: Config | None = None
     ) -> Params:
-        """Its parameters, on the device.
+        """Load its parameters onto the device.
 
-        Args:
-            observation: example that its encoder has to take; if given, all shapes are checked.
-            config: what it is to be used with, its own if not given.
+        Given an example ``observation``, check that all shapes fit ``config``, by default its own.
 
         Raises:
             UsageError: if it is damaged, or naming the first parameter that does not fit.
@@ -355,20 +475,16 @@ class StoredAgent:
 
 
 def open_agent(where: Path | str) -> StoredAgent:
-    """The agent that is meant by a path or a name.
-
-    Args:
-        where: a run directory (its newest checkpoint), one of its checkpoints, an exported agent,
-            or the name of one that comes with the package.
+    """Find an agent: a run (its newest checkpoint), a checkpoint, an exported or a bundled agent.
 
     Raises:
-        UsageError: if it is none of these, or an exported agent that is damaged.
+        UsageError: if it is none of these, or a damaged exported agent.
     """
     where = Path(where)
     exported = agents.locate(where)
     if exported is not None:
-        config, params, _ = agents.load(exported)
-        return StoredAgent(str(where), config, lambda: params)
+        config, params, trained = agents.load(exported)
+        return StoredAgent(str(where), config, lambda: params, trained.get("made_by"))
     run_dir, found = locate(where)
     if not run_dir.exists():
         raise UsageError(
@@ -376,12 +492,24 @@ def open_agent(where: Path | str) -> StoredAgent:
             f"({', '.join(agents.packaged())})"
         )
     config = load_config(run_dir)
-    found = found or latest(run_dir)
-    return StoredAgent(str(found), config, lambda: read_params(found))
+    made_by = (identity(run_dir) or {}).get("made_by")
+    first = found or latest(run_dir)
+
+    def read() -> Params:
+        for _ in range(_READS):
+            chosen = found or latest(run_dir)
+            try:
+                return read_params(chosen)
+            except (UsageError, OSError):
+                if found or chosen.exists():  # else the run has replaced it
+                    raise
+        raise UsageError(f"{run_dir} replaces its checkpoints faster than they can be read")
+
+    return StoredAgent(str(first), config, read, made_by)
 
 
 def read_params(checkpoint: Path) -> Params:
-    """The online networks of a checkpoint, whatever they are, once it is verified.
+    """The online networks of a checkpoint, verified but without a check of their shapes.
 
     Raises:
         UsageError: if it is damaged.
@@ -398,15 +526,10 @@ def _params_template(observation: Observation, config: Config) -> Params:
 
 
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
-    """The online networks of a checkpoint.
-
-    Args:
-        checkpoint: its directory, such as `latest` gives.
-        observation: example that the encoder is built for.
-        config: the run's configuration.
+    """The online networks of a checkpoint directory; ``observation`` is one example.
 
     Raises:
-        UsageError: if this is not a checkpoint, or it was made for other shapes.
+        UsageError: if this is not a checkpoint, or its shapes differ.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "params").is_dir():
@@ -415,10 +538,10 @@ def load_params(checkpoint: Path, observation: Observation, config: Config) -> P
 
 
 def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[AgentState, Progress]:
-    """All of a checkpoint, to go on training.
+    """A whole checkpoint, to resume training.
 
     Raises:
-        UsageError: if the checkpoint was made for other shapes, or holds parameters only.
+        UsageError: if its shapes differ, or it holds parameters only.
     """
     if not (checkpoint / "training").is_dir():
         raise UsageError(f"{checkpoint} holds parameters only: it can be evaluated, not resumed")
@@ -451,10 +574,7 @@ def _load_progress(path: Path) -> Progress:
 
 
 def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
-    """Write one episode of the replay, complete or not at all.
-
-    Returns: the file's checksum.
-    """
+    """Write one episode of the replay buffer atomically; returns the file's checksum."""
     path = _episode_path(run_dir, number)
     path.parent.mkdir(exist_ok=True)
     arrays = {
@@ -469,7 +589,7 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
 
 
 def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
-    """Keep the batch of an update for inspection."""
+    """Save the batch of an update for inspection."""
     path = run_dir / "nonfinite" / f"{number:08d}.npz"
     path.parent.mkdir(exist_ok=True)
     arrays = {
@@ -484,12 +604,12 @@ def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
-    """Write an .npz file without the arrays that are None, complete or not at all.
+    """Write the arrays that are not None to an .npz file, atomically.
 
-    Equal arrays give equal bytes: no date is written.
+    Equal arrays give equal bytes, because no date is written.
     """
     content = io.BytesIO()
-    # Level 1: rendered frames shrink twelvefold at it, in 50 ms an episode.
+    # Level 1 shrinks rendered frames twelvefold, in 50 ms per episode.
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         for name, array in arrays.items():
             if array is not None:
@@ -501,9 +621,12 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
     return hashlib.sha256(content.getbuffer()).hexdigest()
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an .npz file, its headers checked against the sizes before anything is allocated."""
-    arrays = {}
+def _read_arrays(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, np.ndarray]:
+    """Read an .npz file, after ``check`` of all headers: (shape, dtype) of every array by name.
+
+    Nothing is allocated before. ``check`` raises ValueError if they are wrong.
+    """
+    headers, arrays = {}, {}
     with zipfile.ZipFile(path) as file:
         for info in file.infolist():
             with file.open(info) as member:
@@ -516,6 +639,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                 size = math.prod(shape) * dtype.itemsize
                 if dtype.hasobject or member.tell() + size != info.file_size:
                     raise ValueError(f"{info.filename} is not the array that it says it is")
+            headers[info.filename.removesuffix(".npy")] = (shape, dtype)
+        check(headers)
+        for info in file.infolist():
             with file.open(info) as member:
                 array = np.lib.format.read_array(member, allow_pickle=False)
             arrays[info.filename.removesuffix(".npy")] = array
@@ -523,21 +649,15 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_episode(run_dir: Path, number: int, example: Observation, config: Config) -> Episode:
-    """Read one episode of the replay.
-
-    Args:
-        run_dir: directory of the run.
-        number: of the episode.
-        example: observation that the agent is built for.
-        config: the run's configuration.
+    """Read one episode of the replay buffer; ``example`` is an observation of the agent.
 
     Raises:
         UsageError: if it is missing, cannot be read, or is of another environment.
     """
     path = _episode_path(run_dir, number)
-    try:
-        arrays = _read_arrays(path)
-        length = len(arrays["rewards"])
+
+    def check(given: dict[str, Any]) -> None:
+        length = given["rewards"][0][0]
         frames = -(-length // config.frame_stride) + 1
         expected: dict[str, tuple[tuple[int, ...], Any]] = {
             "actions": ((length, config.model.action_dim), np.float32),
@@ -549,9 +669,12 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
             part = getattr(example, name)
             if part is not None:
                 expected[name] = ((frames, *part.shape), part.dtype)
-        given = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        if not length or given != expected:
-            raise ValueError(f"it holds {given}, not {expected}")
+        most = config.episode_steps or math.inf
+        if not 0 < length <= most or given != expected:
+            raise ValueError(f"it holds {given}, not {expected}"[:1000])
+
+    try:
+        arrays = _read_arrays(path, check)
         terminated, truncated = (bool(flag) for flag in arrays["flags"])
         return Episode(
             observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
@@ -589,15 +712,16 @@ def _save_tree(path: Path, tree: Any) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree)
-    except ValueError as error:  # which is what a full disk becomes on its way through Orbax
-        reason = "No space left on device" if "RESOURCE_EXHAUSTED" in str(error) else str(error)
-        raise OSError(f"{reason}: {path}") from error
+    except ValueError as error:  # Orbax raises this for a full disk
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(f"No space left on device: {path}") from error
 
 
 def _load_tree(path: Path, template: Any) -> Any:
-    """Restore after comparing the shapes on disk: Orbax by itself pads and truncates.
+    """Restore after comparing the shapes on disk, because Orbax pads and truncates.
 
-    Without a template, restore the nested dict that is there.
+    Without a template, restore the stored nested dict.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -609,7 +733,7 @@ def _load_tree(path: Path, template: Any) -> Any:
         else:
             expected = _shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
             _check_fit(_shapes(stored), expected, str(path))
-        # To one device, whatever devices it was written from.
+        # To one device, independent of those that it was written from.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), template
@@ -639,7 +763,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def export(run: Path, directory: Path, *, half: bool = False) -> None:
-    """Write the agent of a run, or of one of its checkpoints, as files of its own (see `agents`).
+    """Export the agent of a run, or of one of its checkpoints (see `agents`).
 
     Raises:
         UsageError: if there is no such agent, or the directory exists or cannot be written.
@@ -654,4 +778,7 @@ def export(run: Path, directory: Path, *, half: bool = False) -> None:
         "updates": read_signed(found / MANIFEST)["updates"],
         "hours": round(progress.seconds / 3600, 2),
     }
+    made_by = (identity(run_dir) or {}).get("made_by")
+    if made_by:
+        trained["made_by"] = made_by
     agents.save(directory, params, config, half=half, trained=trained)

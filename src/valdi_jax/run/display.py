@@ -1,7 +1,8 @@
-"""What a run shows while it trains."""
+"""Progress display of a run."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from typing import Any
@@ -12,7 +13,7 @@ from rich.table import Table
 
 
 class Display:
-    """Live table on a terminal; a line an episode where the output is not one."""
+    """Live table on a terminal, otherwise one line per episode."""
 
     def __init__(self, console: Console, total: int, done: int, returns: list[float]):
         self._console = console
@@ -34,15 +35,18 @@ class Display:
             self._live.stop()
 
     def phase(self, text: str) -> None:
-        """What the run is doing now."""
+        """Set what the run is doing now."""
         self._phase = text
 
     def say(self, text: str) -> None:
         """Print a line above the table."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except BrokenPipeError:  # the reader closed the pipe: train on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def episode(self, record: dict[str, Any]) -> None:
-        """A finished episode's metrics."""
+        """Show a finished episode's metrics."""
         self._record = record
         self._done += 1
         self._returns.append(record["episode/return"])

@@ -1,4 +1,4 @@
-"""Episodes in, updates out: the agent, its replay, and where the two meet."""
+"""The learner: an agent, its replay buffer and its updates."""
 
 from __future__ import annotations
 
@@ -28,29 +28,28 @@ from valdi_jax.run import checkpoint
 from valdi_jax.types import AgentState, Array, Batch, Params
 from valdi_jax.updates import observe, shardings, update, update_from_store
 
-_STORE_SHARE = 0.8  # of the device's free memory that a replay may take
+_STORE_SHARE = 0.8  # largest share of the device's free memory for the replay buffer
 
 
 class Learner:
-    """An agent that learns from its replay.
+    """An agent that learns from its replay buffer.
 
     Args:
-        state: the agent, on one device; it is laid over all that share its updates.
+        state: the agent, on one device; it is replicated on all that share its updates.
         example: one observation, without a batch axis.
         config: the run's configuration.
-        run_dir: where batches of updates that were not finite are kept.
-        say: called with a sentence about such an update.
+        run_dir: where the batches of non-finite updates are saved.
+        say: called with a message about such an update.
 
     Attributes:
-        state: the agent as of the last update made.
-        replay: its episodes.
-        updates: how many have been made, as a Python number.
+        state: the agent after the last update.
+        replay: its replay buffer.
+        updates: number of updates made, on the host.
         placement: where segments are gathered, ``"device"`` or ``"host"``.
         devices: how many share an update.
 
     Raises:
-        UsageError: if the replay cannot be where it is asked to be, or the devices cannot share
-            the updates.
+        UsageError: if the placement is impossible, or the devices cannot share the updates.
     """
 
     def __init__(
@@ -67,14 +66,13 @@ class Learner:
         self._config = config
         self._run_dir = run_dir
         self._say = say
-        self._refused = 0  # updates in a row that were not finite
-        self._waiting = False  # for an episode to learn from, and this was said
+        self._refused = 0  # consecutive non-finite updates
+        self._waiting = False  # for an episode of sufficient length, as was reported
         self._under_way: _Dispatch | None = None
         self.devices = sharing(config)
         self._split: NamedSharding | None
         whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
-        # Also a single device is named, as for a state that is loaded: else the update would be
-        # compiled once for either.
+        # A single device is named too, as in a loaded state, or the update compiles for each.
         self.state = jax.device_put(state, whole or jax.local_devices()[0])
         self.placement = place(example, config)
         self._store: Store | None = None
@@ -87,7 +85,7 @@ class Learner:
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[Params]:
-        """A context in which all devices share the candidates of a plan, and its parameters."""
+        """Context in which all devices share the candidates of a plan; yields its parameters."""
         params = self.state.params
         if jax.device_count() == 1:
             yield params
@@ -97,22 +95,31 @@ class Learner:
             yield jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def add(self, episode: Episode) -> None:
-        """An episode that is new."""
+        """Add a new episode."""
         self.restore(episode)
         self.state = observe(self.state, episode.observations.vector)
 
     def restore(self, episode: Episode) -> None:
-        """An episode that the agent had before it was saved."""
+        """Add an episode that the normaliser has already seen."""
         slot = self.replay.add(episode)
         if self._store is None:
             return
         try:
             self._store = store_episode(self._store, slot, episode)
-        except UsageError as error:  # a factory's environment may have a limit of its own
+        except UsageError as error:  # a custom environment may have its own limit
             if self._config.replay.placement == "device":
                 raise
             self._say(f"note: {error}; segments are gathered on the host")
             self._store, self.placement = None, "host"
+
+    def check(self) -> None:
+        """Raise StoppedError if the agent cannot be saved."""
+        leaves = jax.tree.leaves(self.state)
+        if any(leaf.is_deleted() for leaf in leaves):
+            raise StoppedError("the agent was lost in an update that failed")
+        floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if not all(np.isfinite(leaf).all() for leaf in jax.device_get(floats)):
+            raise StoppedError("the agent's parameters are not finite")
 
     def learn(
         self,
@@ -125,10 +132,10 @@ class Learner:
         Args:
             due: updates since the run began.
             metrics: each update's are appended.
-            interrupt: called before every call of the device; what it raises ends the learning.
+            interrupt: called before every dispatch; an exception ends the learning.
 
         Raises:
-            StoppedError: if too many updates in a row were not finite.
+            StoppedError: after too many consecutive non-finite updates.
         """
         if not self.replay.ready:
             if due and not self._waiting:
@@ -146,7 +153,7 @@ class Learner:
             self._judge(metrics)
 
     def _dispatch(self, most: int, metrics: list[dict[str, float]]) -> None:
-        """Start the next updates, once those before them are judged."""
+        """Start the next updates, after checking the previous ones."""
         config, first = self._config, self.updates
         size = 1 if self._store is None else config.learn.updates_per_dispatch
         count = min(most, size)
@@ -159,7 +166,7 @@ class Learner:
         batch = None
         if self._store is None:
             batch = self.replay.gather(segments[0])
-            # What was drawn was drawn while the device worked, but only one batch ahead.
+            # Gathering overlaps with the device's work, but only one batch ahead.
             self._judge(metrics)
             if self._split is not None:
                 batch = jax.device_put(batch, self._split)
@@ -178,10 +185,10 @@ class Learner:
         self._under_way = _Dispatch(first, segments, batch, values)
 
     def _judge(self, metrics: list[dict[str, float]]) -> None:
-        """Wait for the updates under way; keep the batches of those that were refused.
+        """Wait for the dispatched updates, and save the batches of those that were refused.
 
         Raises:
-            StoppedError: if one is one too many in a row.
+            StoppedError: after too many consecutive refusals.
         """
         done, self._under_way = self._under_way, None
         if done is None:
@@ -199,28 +206,29 @@ class Learner:
         limit = self._config.learn.nonfinite_limit
         names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
         sentence = f"{names} not finite in update {number}, which was refused"
-        if len(list(self._run_dir.glob("nonfinite/*.npz"))) < limit:
-            try:
-                path = checkpoint.save_batch(self._run_dir, number, batch)
-                sentence += f"; its batch is in {path}"
-            except OSError as error:
-                sentence += f"; its batch cannot be kept: {error.strerror}"
+        try:
+            path = checkpoint.save_batch(self._run_dir, number, batch)
+            sentence += f"; its batch is in {path}"
+            for old in sorted(path.parent.glob("*.npz"))[:-limit]:
+                old.unlink()
+        except OSError as error:
+            sentence += f"; its batch cannot be kept: {error.strerror}"
         self._say(f"warning: {sentence}")
         if self._refused >= limit:
             raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
 
 
 class _Dispatch(NamedTuple):
-    """Updates that the device has been given."""
+    """Updates dispatched to the device."""
 
     first: int  # updates made before them
     segments: list[Segments]  # of each
-    batch: Batch | None  # of the only one, where it was gathered on the host
-    values: dict[str, Array]  # their metrics, once they are made
+    batch: Batch | None  # of the only one, if gathered on the host
+    values: dict[str, Array]  # their metrics
 
 
 def check_names(config: Config) -> None:
-    """Refuse a configuration that names what there is not.
+    """Check that every name in a configuration is known.
 
     Raises:
         UsageError: naming the option.
@@ -242,10 +250,10 @@ def check_names(config: Config) -> None:
 
 
 def check(example: Observation, config: Config) -> None:
-    """Refuse what no learner could serve, before anything is made for it.
+    """Check a configuration before anything is made for it.
 
     Raises:
-        UsageError: as `Learner`, or if the configuration names what there is not.
+        UsageError: as `Learner`, or if the configuration holds an unknown name.
     """
     check_names(config)
     place(example, config)
@@ -253,8 +261,10 @@ def check(example: Observation, config: Config) -> None:
 
 
 def sharing(config: Config) -> int:
-    """How many devices share an update: as many as are asked for, or one of a CPU's, or as many
-    accelerators as can split the batch evenly."""
+    """Number of devices that share an update.
+
+    As many as requested; else one on a CPU, or as many accelerators as split the batch evenly.
+    """
     if config.learn.devices or jax.default_backend() == "cpu":
         return config.learn.devices or 1
     divisors = range(1, jax.device_count() + 1)
@@ -265,14 +275,14 @@ def place(example: Observation, config: Config) -> str:
     """Where a run's segments are gathered: ``"device"`` or ``"host"``.
 
     Raises:
-        UsageError: if the device is asked for, and the episodes have no known limit.
+        UsageError: if the device is requested, and the episodes have no known limit.
     """
     asked = config.replay.placement
     if asked == "device":
         store_shapes(example, config)  # raises
     if asked != "auto":
         return asked
-    if jax.default_backend() == "cpu":  # where a loop around updates only slows them down
+    if jax.default_backend() == "cpu":  # where a loop only slows updates down
         return "host"
     try:
         shapes = jax.tree.leaves(store_shapes(example, config))

@@ -1,13 +1,19 @@
-"""What a run writes down: metrics.jsonl, evaluations.jsonl and TensorBoard."""
+"""Logs of a run: metrics.jsonl, evaluations.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from valdi_jax.errors import UsageError
 from valdi_jax.run.manifest import write_atomic
@@ -16,71 +22,98 @@ from valdi_jax.run.manifest import write_atomic
 class RunLog:
     """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``, and to TensorBoard.
 
-    Each line is on disk before the call returns; where it cannot be written, it is kept and written
-    with the next. Lines beyond ``episodes`` are dropped at the start: a run that resumes from an
-    older checkpoint collects those episodes again.
-
-    Args:
-        run_dir: directory of the run.
-        episodes: collected so far.
-        say: called with a sentence where a line cannot be written.
+    Each line is on disk when the call returns; one that cannot be written is kept and written with
+    the next. On opening, records beyond ``episodes`` are dropped: a run resumed from an older
+    checkpoint collects those again. If a line cannot be read, the others are kept, and the original
+    file becomes ``damaged-NAME``. Such problems are passed to ``say``.
     """
 
     def __init__(self, run_dir: Path, *, episodes: int, say: Callable[[str], None] = print):
-        # Here, as it imports PyTorch if that is installed, for seconds.
-        from tensorboardX import SummaryWriter
-
         self._say = say
         self._files = {}
         for name in ("metrics", "evaluations"):
             path = run_dir / f"{name}.jsonl"
-            _truncate(path, episodes)
+            _trim(path, episodes, say)
             self._files[name] = _Lines(path)
-        # purge_step makes TensorBoard itself drop what a resumed run writes again. Its queue has no
-        # limit: should its thread die of a full disk, a full queue would block the training.
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=episodes or None, max_queue=0)
+        self._tensorboard = _TensorBoard(run_dir, episodes)
 
     def episode(self, record: dict[str, Any]) -> None:
-        """One finished training episode."""
         self._write("metrics", record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation."""
         self._write("evaluations", record)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         try:
-            self._files[name].append(json.dumps(record) + "\n")
+            self._files[name].append(to_line(record))
         except OSError as error:
             self._say(f"warning: cannot write {name}.jsonl, will try again: {error.strerror}")
-        for key, value in record.items():
-            if "/" in key and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(key, value, record["episode"])
+        with contextlib.suppress(OSError):  # a full disk leaves a gap in TensorBoard
+            self._tensorboard.write(record)
 
     def close(self) -> None:
-        """Flush everything."""
         for file in self._files.values():
             file.close()
-        with contextlib.suppress(OSError):  # of a disk that is still full
-            self._tensorboard.close()
+        self._tensorboard.close()
+
+
+class _TensorBoard:
+    """Event files, written at once and in this thread, so that nothing is left to join."""
+
+    def __init__(self, run_dir: Path, episodes: int):
+        self._run_dir, self._files = run_dir, 0
+        self._writer: EventsWriter | None = None
+        self._purge: int | None = episodes or None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write every number of a record.
+
+        Raises:
+            OSError: if that fails; the next record starts a new file, because this one may end
+                within an event.
+        """
+        try:
+            if self._writer is None:
+                self._files += 1
+                suffix = f".{os.getpid()}.{self._files}"
+                self._writer = EventsWriter(str(self._run_dir / "events"), suffix)
+            if self._purge is not None:  # makes TensorBoard drop what a resumed run writes again
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(step=self._purge, session_log=start))
+                self._purge = None
+            for name, value in record.items():
+                if "/" in name and isinstance(value, (int, float)):
+                    event = Event(wall_time=time.time(), step=record["episode"])
+                    event.summary.CopyFrom(summary.scalar(name, float(value)))
+                    self._writer.write_event(event)
+            self._writer.flush()
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 class _Lines:
-    """A file of lines, each of them whole."""
+    """A file of whole lines."""
 
     def __init__(self, path: Path):
         self._file = open(path, "ab", buffering=0)
         self._size = self._file.tell()
         self._pending = b""
 
-    def append(self, line: str) -> None:
-        """Write a line, and those that could not be written before.
+    def append(self, line: bytes) -> None:
+        """Write a line, and those that failed before.
 
         Raises:
             OSError: if that fails; the lines are kept.
         """
-        self._pending += line.encode()
-        self._file.truncate(self._size)  # what a full disk took of them the last time
+        self._pending += line
+        self._file.truncate(self._size)  # the partial write of a failed attempt
         written = 0
         while written < len(self._pending):
             written += self._file.write(self._pending[written:])
@@ -92,21 +125,49 @@ class _Lines:
         self._file.close()
 
 
+def to_line(record: dict[str, Any]) -> bytes:
+    """A record as a line of JSON, with null for non-finite numbers, which JSON lacks."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    data = {name: plain(value) for name, value in record.items()}
+    return json.dumps(data, allow_nan=False).encode() + b"\n"
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut short is left out."""
-    records = []
+    """The records of a metrics file, without unreadable lines."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and how many of its whole lines are none."""
+    records, unreadable = [], 0
     if path.exists():
-        for line in path.read_text().splitlines():
+        *whole, last = path.read_bytes().split(b"\n")
+        for line in [*whole, last]:
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
+                record = json.loads(line)
+                if not isinstance(record["episode"], int):
+                    raise TypeError("the number of an episode is an integer")
+                records.append(record)
+            except (ValueError, TypeError, LookupError, RecursionError):
+                unreadable += line is not last  # a kill may have cut that one short
+    return records, unreadable
 
 
-def _truncate(path: Path, episodes: int) -> None:
-    kept = [r for r in read_jsonl(path) if r["episode"] < episodes]
+def _trim(path: Path, episodes: int, say: Callable[[str], None]) -> None:
+    """Keep the records of the first ``episodes`` episodes; lose nothing else unsaid."""
+    records, unreadable = _read(path)
+    kept = [record for record in records if record["episode"] < episodes]
     try:
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        if unreadable or (records and not episodes):
+            aside = path.with_name(f"damaged-{path.name}")
+            path.replace(aside)
+            what = f"{unreadable} lines cannot be read" if unreadable else "no checkpoint knows it"
+            say(f"warning: {path.name}: {what}; the original is {aside.name}")
+        write_atomic(path, b"".join(map(to_line, kept)))
     except OSError as error:
         raise UsageError(f"cannot write to {path.parent}: {error.strerror}") from error

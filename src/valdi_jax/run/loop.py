@@ -1,8 +1,10 @@
-"""The loop of training: collect a round, learn what is owed, evaluate, save."""
+"""The training loop: collect a round, make the updates due, evaluate, save."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ from valdi_jax import cli
 from valdi_jax.config import Config, leaves, to_dict, validate
 from valdi_jax.data.rollout import Rollout, first_carries, plan_batch
 from valdi_jax.data.source import SOURCES, Interrupt, Progress, Source
+from valdi_jax.data.store import store_shapes
+from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
@@ -27,8 +31,7 @@ from valdi_jax.run.saver import Saver
 from valdi_jax.types import AgentState
 from valdi_jax.updates import init_state, start_from
 
-# What may differ between a run and its continuation: how long it goes on, what it reports, and
-# where it computes.
+# What may change on resuming: the length of the run, its reports, and its hardware.
 _CHANGEABLE = (
     *("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint."),
     *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
@@ -45,19 +48,31 @@ def train(
     console: Console | None = None,
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
-    # How large an action is follows from the source, which the configuration comes before.
+    # The source determines the action size, but takes a configuration first.
     validate(config.replace(model={"action_dim": 1}))
     source = SOURCES[config.collect.source](config, make)
     config = source.config
     validate(config)
     check(source.example, config)
+    if resume and init_from is not None:
+        raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
+    given = None
+    if init_from is not None:
+        params = checkpoint.open_agent(init_from).load(source.example, config=config)
+        given = start_from(_first_state(source), params)
+    if resume:
+        checkpoint.load_config(run_dir)  # raises before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
-        _prepare(run_dir, source, resume=resume, init_from=init_from)
         interrupt = stack.enter_context(cli.interruptible())
-        stack.enter_context(checkpoint.lock(run_dir))
-        recovered = checkpoint.recover(run_dir) if resume or init_from else checkpoint.Recovered()
-        if recovered.checkpoint is None:  # also where a run ended before its first checkpoint
+        lock = stack.enter_context(checkpoint.lock(run_dir))
+        if resume:
+            _may_resume(run_dir, config)
+        else:
+            made_by = None if make is make_env else _name(make)
+            checkpoint.create_run(run_dir, config, given, made_by=made_by)
+        recovered = checkpoint.recover(run_dir)
+        if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
             state, progress = _first_state(source), Progress()
         else:
             state, progress = checkpoint.load(recovered.checkpoint, source.example, config)
@@ -69,7 +84,7 @@ def train(
         reporter = Reporter(run_dir, config, progress, console or Console())
         stack.callback(reporter.close)
         reporter.say(f"run directory: {run_dir}")
-        for sentence in recovered.sentences:
+        for sentence in filter(None, [lock.warning, *recovered.sentences]):
             reporter.say(f"warning: {sentence}")
         if resume:
             new = checkpoint.options_since(run_dir)
@@ -80,10 +95,12 @@ def train(
         for number in recovered.digests:
             episode = checkpoint.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
-        saver = Saver(run_dir, config, learner, progress, recovered, say=reporter.say)
+        saver = Saver(lock, run_dir, config, learner, progress, recovered, say=reporter.say)
         if (devices := jax.device_count()) > 1:
-            reporter.say(f"planning on {devices} devices, learning on {learner.devices}")
+            planning = 1 if config.collect.overlap else devices
+            reporter.say(f"planning on {planning} devices, learning on {learner.devices}")
         _say_cost(source, learner, reporter)
+        _say_memory(source, reporter)
         stack.enter_context(reporter.live())
         _loop(config, source, learner, saver, reporter, progress, interrupt)
     return learner.state
@@ -98,7 +115,7 @@ def _loop(
     progress: Progress,
     interrupt: Interrupt,
 ) -> None:
-    """Run to the end, or to an interrupt; leave a checkpoint either way."""
+    """Run to the end, or to an interrupt; save a checkpoint either way."""
     total, overlap = config.collect.episodes, config.collect.overlap
     before = progress.episodes, learner.updates, reporter.evaluated
 
@@ -112,7 +129,7 @@ def _loop(
 
     try:
         while True:
-            # What an interrupt left undone, or, collecting and learning at once, the last round.
+            # Updates that an interrupt left undone.
             if not overlap or progress.episodes >= total:
                 learn({})
             if due(config.eval.every, reporter.evaluated):
@@ -142,15 +159,18 @@ def _loop(
                 reporter.say(sentence)
             try:
                 reporter.check_scores(rollouts)
-                if not overlap:
+                if not overlap or progress.episodes >= total:
                     learn(metrics)
             finally:
-                # Even on an interrupt: the episodes are there, and the updates that they are still
-                # owed come on resuming.
+                # Also on an interrupt: the episodes exist, and their missing updates follow on
+                # resuming.
                 reporter.episodes(numbers, rollouts, metrics, learner.updates)
-    except Exception as error:  # an environment may raise whatever it likes
+    except Exception as error:  # an environment may raise anything
         reporter.phase("saving")
-        saver.save()
+        try:
+            saver.save()
+        except Exception as second:  # must not replace the first
+            reporter.say(f"warning: cannot save a checkpoint: {second}; the last one stays")
         saved = "saved" if saver.complete else "NOT saved"
         expected = isinstance(error, (cli.Interrupted, StoppedError))
         what = error if expected else f"{type(error).__name__} (the traceback follows)"
@@ -172,25 +192,38 @@ def _first_state(source: Source) -> AgentState:
     return init_state(key, source.example, config=source.config)
 
 
-def _prepare(run_dir: Path, source: Source, *, resume: bool, init_from: Path | None) -> None:
-    """Make the run directory, or see that the run in it may go on."""
-    config = source.config
-    if resume and init_from is not None:
-        raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
-    if resume:
-        theirs, ours = (
-            dict(leaves(to_dict(each))) for each in (checkpoint.load_config(run_dir), config)
+def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
+    """Raises UsageError if a run is of other environments than this package makes."""
+    known = checkpoint.identity(run_dir)
+    if known and known["made_by"] and make is make_env:
+        raise UsageError(
+            f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
+            "from that program"
         )
-        for name, value in theirs.items():
-            if value != ours[name] and not name.startswith(_CHANGEABLE):
-                raise UsageError(
-                    f"cannot resume with another {name}: the run has {value}, not {ours[name]}"
-                )
-    elif init_from is not None:
-        given = checkpoint.open_agent(init_from).load(source.example, config=config)
-        checkpoint.create_run(run_dir, config, start_from(_first_state(source), given))
-    else:
-        checkpoint.create_run(run_dir, config)
+
+
+def _may_resume(run_dir: Path, config: Config) -> None:
+    """Raise UsageError if a run cannot resume with this configuration or these environments."""
+    known = checkpoint.identity(run_dir)
+    if known and known["made_by"] and make is make_env:
+        raise UsageError(
+            f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
+            "from that program"
+        )
+    theirs, ours = (
+        dict(leaves(to_dict(each))) for each in (checkpoint.load_config(run_dir), config)
+    )
+    for name, value in theirs.items():
+        if value != ours[name] and not name.startswith(_CHANGEABLE):
+            raise UsageError(
+                f"cannot resume with another {name}: the run has {value}, not {ours[name]}"
+            )
+
+
+def _name(make: Callable[..., gym.Env]) -> str:
+    while isinstance(make, functools.partial):
+        make = make.func
+    return f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
 
 
 def _collect_beside(
@@ -201,7 +234,7 @@ def _collect_beside(
     metrics: dict[str, float],
     interrupt: Interrupt,
 ) -> list[Rollout]:
-    """Collect in a thread with the parameters of now, and meanwhile learn what is owed."""
+    """Collect in a thread with the current parameters while making the updates due."""
     over = threading.Event()
 
     def stop() -> None:
@@ -209,7 +242,7 @@ def _collect_beside(
         if over.is_set():
             raise StoppedError("learning has stopped")
 
-    # A copy, as an update donates its own; on one device, though updates may be on several.
+    # A copy, because updates donate their own; on one device, though updates may use several.
     params = jax.tree.map(jnp.copy, learner.state.params)
     params = jax.device_put(params, jax.local_devices()[0])
     with ThreadPoolExecutor(1, "collect") as executor:
@@ -222,8 +255,23 @@ def _collect_beside(
         return collecting.result()
 
 
+def _say_memory(source: Source, reporter: Reporter) -> None:
+    """Warn where a full replay will not fit into the memory that there is."""
+    config = source.config
+    if not config.episode_steps:
+        return
+    shapes = jax.tree.leaves(store_shapes(source.example, config))
+    needed = sum(x.size * x.dtype.itemsize for x in shapes) / 1e9
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if needed > 0.8 * memory:
+        reporter.say(
+            f"warning: a full replay takes {needed:.0f} GB, and this machine has {memory:.0f}: a "
+            "smaller --replay.capacity or --env.render-every chunk takes less"
+        )
+
+
 def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
-    """Say what a decision costs, if it is a CPU that pays much."""
+    """Report the time of a decision if it is high on this CPU."""
     config = source.config
     costly = config.planner.candidates * config.planner.iterations >= 2000
     if not costly or jax.default_backend() != "cpu":

@@ -1,4 +1,4 @@
-"""Checksums: what was written is what is read."""
+"""Checksums and atomic writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def content_digest(tree: Any) -> str:
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file under a directory, by its path there."""
+    """Size and SHA-256 of every file under a directory, by relative path."""
     return {
         path.relative_to(directory).as_posix(): {
             "size": path.stat().st_size,
@@ -45,7 +45,7 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """A JSON file that holds its own checksum.
+    """Read a JSON file that holds its own checksum.
 
     Raises:
         ValueError: if it is missing or damaged, in one sentence.
@@ -72,7 +72,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file, complete and on the disk, or not at all."""
+    """Write a file atomically and fsync it."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(data)
@@ -91,7 +91,7 @@ def _format(data: dict[str, Any]) -> bytes:
 
 
 def find_damage(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Sentences on the files that are missing, superfluous or not what was written."""
+    """One sentence for each file that is missing or changed; others are ignored."""
     problems = []
     present = {
         path.relative_to(directory).as_posix(): path
@@ -106,18 +106,18 @@ def find_damage(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
             problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
         elif file_digest(path) != expected["sha256"]:
             problems.append(f"{path} differs from its checksum")
-    return problems + [f"{path} does not belong there" for path in present.values()]
+    return problems
 
 
 def flush(directory: Path, *, recursive: bool = True) -> None:
-    """Force a directory to the disk (fsync), and what is in it if ``recursive``."""
+    """fsync a directory, and its contents if ``recursive``."""
     inside = directory.rglob("*") if recursive else ()
     for path in [*inside, directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems do not do it for directories
+            if error.errno != errno.EINVAL:  # not supported for directories by some file systems
                 raise
         finally:
             os.close(descriptor)

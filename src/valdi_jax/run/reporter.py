@@ -1,4 +1,4 @@
-"""What a run tells: its log and its display, fed from one place."""
+"""Reports of a run, to its log and its display."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ from valdi_jax.run.log import RunLog, read_jsonl
 
 
 class Reporter:
-    """Tells what a run does.
-
-    Args:
-        run_dir: directory of the run.
-        config: the run's configuration.
-        progress: the run's counters; their seconds are kept here.
-        console: where the display is.
+    """Reports to the log and the display, and keeps the seconds in ``progress``.
 
     Attributes:
         evaluated: episodes at the last evaluation.
@@ -37,27 +31,25 @@ class Reporter:
     def __init__(self, run_dir: Path, config: Config, progress: Progress, console: Console):
         self._config, self._progress = config, progress
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
-        returns = [record["episode/return"] for record in records[-20:]]
+        returns = [record.get("episode/return") or 0.0 for record in records[-20:]]
         self._display = Display(console, config.collect.episodes, progress.episodes, returns)
         self.say, self.phase = self._display.say, self._display.phase
         self._log = RunLog(run_dir, episodes=progress.episodes, say=self.say)
         evaluations = read_jsonl(run_dir / "evaluations.jsonl")
         self.evaluated = evaluations[-1]["episode"] + 1 if evaluations else 0
-        self._begun = time.monotonic() - progress.seconds  # had the run never stopped
-        self._compiled = False  # how long that took was said
-        self._unscored = 0  # episodes in a row that the planner had no finite score for
+        self._begun = time.monotonic() - progress.seconds  # as if the run had never stopped
+        self._compiled = False  # whether the compile time was reported
+        self._unscored = 0  # consecutive episodes without a finite planner score
 
     def live(self) -> Display:
-        """The display, as a context in which it is shown."""
+        """The display, as a context."""
         return self._display
 
     @contextlib.contextmanager
     def learning(self, owed: int, metrics: dict[str, float]) -> Iterator[list[dict[str, float]]]:
-        """A context of updates: the list that it yields takes each one's metrics.
+        """Context of ``owed`` updates; yields a list that takes the metrics of each.
 
-        Args:
-            owed: how many are to come.
-            metrics: gets the means of theirs.
+        Their means go to ``metrics``.
         """
         each: list[dict[str, float]] = []
         if owed > 0:
@@ -74,7 +66,7 @@ class Reporter:
                 self.tick()
 
     def check_scores(self, rollouts: Sequence[Rollout]) -> None:
-        """Raises StoppedError if the planner had no finite score for too many episodes in a row."""
+        """Raise StoppedError after too many consecutive episodes without a finite score."""
         for rollout in rollouts:
             finite = np.isfinite(rollout.predicted_return)
             self._unscored = 0 if finite else self._unscored + 1
@@ -91,7 +83,7 @@ class Reporter:
         metrics: dict[str, float],
         updates: int,
     ) -> None:
-        """The episodes of a round, with the metrics of the learning beside or after it."""
+        """Report a round's episodes, with the metrics of its updates."""
         collect = self._config.collect
         noise_std = exploration_noise(numbers[0] - collect.seed_episodes, collect)
         for number, rollout in zip(numbers, rollouts, strict=True):
@@ -129,7 +121,7 @@ class Reporter:
             )
 
     def evaluation(self, rollouts: Sequence[Rollout]) -> None:
-        """The fixed episodes."""
+        """Report an evaluation."""
         self.evaluated = self._progress.episodes
         returns = [rollout.episode.episode_return for rollout in rollouts]
         self._log.evaluation(
@@ -146,16 +138,15 @@ class Reporter:
         )
 
     def close(self) -> None:
-        """Flush everything."""
         self._log.close()
 
     def tick(self) -> None:
-        """Bring the seconds up to now."""
+        """Update the elapsed seconds."""
         self._progress.seconds = time.monotonic() - self._begun
 
 
 def _memory() -> dict[str, float]:
-    """Memory that this process holds, and that it has held at most on the device, in GB."""
+    """Memory of this process, and peak memory of the device, in GB."""
     used = {}
     statm = Path("/proc/self/statm")
     if statm.exists():
@@ -168,7 +159,7 @@ def _memory() -> dict[str, float]:
 
 
 def _means(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over several updates, of those where it is finite."""
+    """Mean of each metric over its finite values."""
     means = {}
     for name in metrics[0]:
         values = np.array([m[name] for m in metrics])

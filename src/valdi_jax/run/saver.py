@@ -1,4 +1,4 @@
-"""What a run puts on disk as it goes: its episodes, and a checkpoint now and then."""
+"""Saves a run's episodes and periodic checkpoints."""
 
 from __future__ import annotations
 
@@ -16,22 +16,17 @@ from valdi_jax.run.learner import Learner
 
 
 class Saver:
-    """Keeps a run resumable. Where the disk is full, the run goes on and the last checkpoint stays.
+    """Keeps a run resumable. On a full disk the run continues and the last checkpoint stays.
 
-    Args:
-        run_dir: directory of the run.
-        config: the run's configuration.
-        learner: the agent.
-        progress: the run's counters.
-        recovered: what the run goes on from.
-        say: called with a sentence where something cannot be written.
+    The run resumes from ``recovered``; ``say`` is called with a message if a write fails.
 
     Attributes:
-        attempted: episodes when a checkpoint was last written, or could not be.
+        attempted: episodes at the last attempt to write a checkpoint.
     """
 
     def __init__(
         self,
+        lock: checkpoint.Lock,
         run_dir: Path,
         config: Config,
         learner: Learner,
@@ -40,9 +35,9 @@ class Saver:
         *,
         say: Callable[[str], None],
     ):
-        self.run_dir = run_dir
+        self._lock, self.run_dir = lock, run_dir
         self._config, self._learner, self._progress, self._say = config, learner, progress, say
-        self._digests = dict(recovered.digests)  # checksums of the replay's episodes on disk
+        self._digests = dict(recovered.digests)  # checksums of the replay buffer's files
         self._unsaved: dict[int, Episode] = {}
         found = recovered.checkpoint is not None
         self._saved = dataclasses.replace(progress) if found else None
@@ -50,14 +45,16 @@ class Saver:
 
     @property
     def complete(self) -> bool:
-        """Whether all that the run has done is in its last checkpoint."""
+        """Whether the last checkpoint holds the whole progress of the run."""
         return self._saved == self._progress
 
     def add(self, numbers: Sequence[int], rollouts: Sequence[Rollout]) -> float:
-        """Write the episodes of a round, now or when there is room.
+        """Write a round's episodes, now or once there is room; returns the seconds taken.
 
-        Returns: seconds that it took.
+        Raises:
+            StoppedError: if the run's directory is gone.
         """
+        self._lock.check()
         start = time.perf_counter()
         self._unsaved |= {n: r.episode for n, r in zip(numbers, rollouts, strict=True)}
         try:
@@ -67,7 +64,14 @@ class Saver:
         return time.perf_counter() - start
 
     def save(self) -> None:
-        """Write a checkpoint and delete the episodes that left the replay."""
+        """Write a checkpoint and delete the episodes that left the replay buffer.
+
+        Raises:
+            StoppedError: if the agent was lost in a failed update or is not finite, or the
+                directory is gone.
+        """
+        self._lock.check()
+        self._learner.check()
         first = self._progress.episodes - self._config.replay.capacity
         self.attempted = self._progress.episodes
         try:
@@ -88,7 +92,7 @@ class Saver:
         checkpoint.prune_episodes(self.run_dir, before=oldest)
 
     def _save_episodes(self) -> None:
-        """Raises OSError if that fails; episodes that are not written stay to be written."""
+        """Raises OSError on failure; episodes not yet written stay pending."""
         while self._unsaved:
             number = min(self._unsaved)
             episode = self._unsaved[number]
