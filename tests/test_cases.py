@@ -352,9 +352,10 @@ def test_an_environment_that_needs_arguments_points_to_a_program():
 
 
 def test_the_limit_asked_for_holds_for_environments_of_ones_own():
-    env = own_env(
-        lambda config, training: Counting(max_steps=1000), EnvConfig(max_steps=7), training=True
-    )
+    def make(config, *, training):
+        return Counting(max_steps=1000)
+
+    env = own_env(make, EnvConfig(max_steps=7), training=True)
     env.reset(seed=0)
     ends = [env.step(np.zeros(3, np.float32))[3] for _ in range(7)]
     assert ends == [False] * 6 + [True]
@@ -400,7 +401,7 @@ class Slow(Counting):
     """Takes longer to start than a worker may take to answer."""
 
     def __init__(self):
-            time.sleep(2)
+        time.sleep(2)
         super().__init__()
 
 

@@ -240,7 +240,7 @@ def test_a_run_that_keeps_every_third_frame_resumes_exactly(tmp_path):
     chex.assert_trees_all_equal(resumed.params, straight.params)
 
 
-def test_a_full_slot_is_replaced_whole():
+def test_a_full_slot_is_replaced_completely():
     config = DEVICE.replace(collect={"episodes": 2})
     store = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), store_shapes(EXAMPLE, config))
     replay = Replay(config)

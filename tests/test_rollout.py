@@ -65,7 +65,7 @@ def test_an_episode_is_stored_with_its_true_length_and_flags(params, length, ste
     assert episode.episode_return == steps * (steps + 1) / 2
 
 
-def test_an_episode_may_hold_the_last_observation_alone(params):
+def test_an_episode_may_hold_only_the_last_observation(params):
     whole, short = (
         roll_out(params, LocalPool(Counting), jobs(5), config=CONFIG, keep_observations=keep)[0]
         for keep in (True, False)

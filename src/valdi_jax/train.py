@@ -70,9 +70,8 @@ def train(
     Raises:
         UsageError: if the directory cannot be used, the configuration is invalid or not that of the
             resumed run, or the initial parameters do not fit it.
-        cli.Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
-        StoppedError: if losses or scores stay non-finite, or an environment is lost repeatedly,
-            likewise.
+        cli.Interrupted: after a signal to stop, once a checkpoint is written.
+        StoppedError: if losses or scores stay non-finite, or an environment is lost repeatedly.
     """
     from valdi_jax.run import loop
 

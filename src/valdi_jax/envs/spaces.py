@@ -129,7 +129,7 @@ class Interface:
 
 
 def _not_a_box(space: object, *, alone: bool) -> str:
-    """What an observation is instead of an array, and what to do."""
+    """Describe an observation that is not an array, and what to do."""
     if not isinstance(space, gym.Space):
         return f"is {_foreign(space)}"
     kind = type(space).__name__
@@ -154,7 +154,7 @@ def _foreign(space: object) -> str:
 
 
 def _part(observation: Any, name: str | None, box: gym.spaces.Box) -> np.ndarray:
-    """One array of an observation, which has to be what its space says."""
+    """One array of an observation, checked against its space."""
     what = "the environment's observation" if name is None else f"the observation {name!r}"
     if name is not None:
         if not isinstance(observation, dict) or name not in observation:

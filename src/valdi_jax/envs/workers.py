@@ -104,7 +104,7 @@ class Stepper:
 
 
 def _own_errors(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What an environment answers. Its attempts to end the process are errors like any other."""
+    """The result of a call; an environment's attempt to end the process is an error."""
     try:
         return call(*args, **kwargs)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -112,7 +112,7 @@ def _own_errors(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _number(reward: Any) -> float:
-    """A reward, in any wrapping, as float32 holds it.
+    """A reward of any numeric type, rounded to float32.
 
     Raises:
         ValueError: if it is not one finite number.
@@ -136,7 +136,7 @@ def _kinds(answer: Any) -> str:
 class Pool(abc.ABC):
     """N environments, addressed several at once by their indices.
 
-    A lost environment is missing from the answer; it can be used again after a reset.
+    A lost environment is missing from the result; it can be used again after a reset.
 
     Attributes:
         size: number of environments.
@@ -430,7 +430,7 @@ def _kill(processes: dict[int, BaseProcess]) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Watch for the parent's end: an environment that hangs would outlive it."""
+    """End when the parent ends, because a hanging environment would outlive it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -47,9 +47,9 @@ def merge(statistics: Params, vectors: np.ndarray) -> Params:
 
 
 def _without_outliers(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [n, size] in which a reading far beyond the others ("no reading") is brought nearer.
+    """Vectors [n, size] with extreme readings clipped towards the median.
 
-    One of 1e38 would make the variance infinite, and that input a constant for ever.
+    A reading of 1e38 would make the variance infinite, and its input constant forever.
     """
     centre = np.median(vectors, axis=0)
     spread = np.quantile(np.abs(vectors - centre), 0.99, axis=0)

@@ -117,12 +117,12 @@ def save_config(run_dir: Path, config: Config) -> None:
 
 
 def accept_config(run_dir: Path, digest: str | None = None, *, keep: bool = False) -> None:
-    """Take the configuration as it is, or as it will be, for the run's own.
+    """Record the checksum of the run's configuration.
 
     Args:
         run_dir: directory of the run.
-        digest: of the configuration; that of the file if not given.
-        keep: accept the one before as well, in case of a kill before the file is replaced.
+        digest: checksum of the configuration, by default of the file.
+        keep: also accept the previous checksum, in case of a kill before the file is replaced.
     """
     body = identity(run_dir) or {"id": secrets.token_hex(16), "made_by": None, "config_sha256": []}
     accepted = [digest or file_digest(run_dir / "config.json")]
@@ -344,7 +344,7 @@ def recover(run_dir: Path) -> Recovered:
 
 
 def _is_foreign(run_dir: Path, checkpoint: Path) -> bool:
-    """Whether a checkpoint, if that can be read, says that it belongs to another run."""
+    """Whether a checkpoint belongs to another run, as far as it is readable."""
     known = identity(run_dir)
     try:
         run = read_signed(checkpoint / MANIFEST).get("run")

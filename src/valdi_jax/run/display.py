@@ -42,7 +42,8 @@ class Display:
         """Print a line above the table."""
         try:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        except BrokenPipeError:  # the reader closed the pipe: train on
+        except (BrokenPipeError, SystemExit):  # the reader closed the pipe: rich exits, train on
+            self._console.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def episode(self, record: dict[str, Any]) -> None:

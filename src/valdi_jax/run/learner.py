@@ -67,7 +67,7 @@ class Learner:
         self._run_dir = run_dir
         self._say = say
         self._refused = 0  # consecutive non-finite updates
-        self._waiting = False  # for an episode of sufficient length, as was reported
+        self._waiting = False  # whether the lack of a usable episode was reported
         self._under_way: _Dispatch | None = None
         self.devices = sharing(config)
         self._split: NamedSharding | None

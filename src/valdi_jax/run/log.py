@@ -143,7 +143,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file, and how many of its whole lines are none."""
+    """The readable records of a file, and the number of unreadable lines."""
     records, unreadable = [], 0
     if path.exists():
         *whole, last = path.read_bytes().split(b"\n")
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _trim(path: Path, episodes: int, say: Callable[[str], None]) -> None:
-    """Keep the records of the first ``episodes`` episodes; lose nothing else unsaid."""
+    """Keep the records of the first ``episodes`` episodes; report any other loss."""
     records, unreadable = _read(path)
     kept = [record for record in records if record["episode"] < episodes]
     try:

@@ -48,6 +48,8 @@ def train(
     console: Console | None = None,
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
+    if resume:
+        _belongs(run_dir, make)
     # The source determines the action size, but takes a configuration first.
     validate(config.replace(model={"action_dim": 1}))
     source = SOURCES[config.collect.source](config, make)
@@ -193,7 +195,7 @@ def _first_state(source: Source) -> AgentState:
 
 
 def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
-    """Raises UsageError if a run is of other environments than this package makes."""
+    """Raise UsageError if a run is of other environments than this package makes."""
     known = checkpoint.identity(run_dir)
     if known and known["made_by"] and make is make_env:
         raise UsageError(
@@ -203,13 +205,7 @@ def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
 
 
 def _may_resume(run_dir: Path, config: Config) -> None:
-    """Raise UsageError if a run cannot resume with this configuration or these environments."""
-    known = checkpoint.identity(run_dir)
-    if known and known["made_by"] and make is make_env:
-        raise UsageError(
-            f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
-            "from that program"
-        )
+    """Raise UsageError if a run cannot resume with this configuration."""
     theirs, ours = (
         dict(leaves(to_dict(each))) for each in (checkpoint.load_config(run_dir), config)
     )
