@@ -18,7 +18,7 @@ ORDER = [
     *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg", "losses"),
     *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
-    *("envs", "data.rollout", "data.source", "cli"),
+    *("envs", "data.rollout", "data.source", "cli", "compilation"),
     *("run", "run.manifest", "run.agents", "run.checkpoint", "run.learner", "run.log"),
     *("run.display", "run.reporter", "run.saver", "run.loop"),
     *("train", "evaluate", "checkpoint", "convert"),

@@ -336,7 +336,6 @@ def test_options_override_the_preset():
         (["--model.dynamcs", "mlp"], "unknown option --model.dynamcs.*--model.dynamics"),
         (["--frobnicate"], "unknown option --frobnicate: --help lists them all"),
         (["--planner.candidates", "many"], "--planner.candidates.*'many'"),
-        (["--model.dynamics", "flux"], "unknown 'flux'; did you mean 'flow'"),
         (["--resume", "nowhere"], "nowhere is not a run directory"),
     ],
 )
@@ -344,6 +343,22 @@ def test_bad_options_are_answered_in_one_sentence(argv, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse_arguments(argv)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"dynamics": "flux"}}, "--model.dynamics: unknown 'flux'; did you mean 'flow'"),
+        ({"planner": {"kind": "cen"}}, "--planner.kind: unknown 'cen'; did you mean 'cem'"),
+        ({"learn": {"terms": ("value", "policy")}}, "--learn.terms: unknown 'policy'; choose"),
+        ({"model": {"networks": ("policy",)}}, "--model.networks: unknown 'policy'"),
+        ({"collect": {"source": "files"}}, "--collect.source: unknown 'files'"),
+    ],
+)
+def test_a_member_that_there_is_not_is_named_before_anything_is_made(tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path / "run", 1, config=CONFIG.replace(**change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_resumes_only_with_its_own_settings(straight):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from gymnasium.wrappers import RenderCollection
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from valdi_jax import cli
+from valdi_jax import cli, compilation
 from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
@@ -60,6 +61,7 @@ def evaluate(
     num_envs: int = 1,
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> list[Rollout]:
     """Roll out the first of the 100 fixed episodes without exploration noise.
 
@@ -73,9 +75,12 @@ def evaluate(
         num_envs: environments stepped in parallel.
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
+        first: number of the episode to begin with.
 
     Returns: one rollout per episode, in order, with only its last observation.
     """
+    if first >= episodes:
+        return []
     factory = functools.partial(own_env, make, config.env, training=False)
     interface = interface_of(factory)
     config = config.replace(model={"action_dim": interface.action_dim})
@@ -91,7 +96,7 @@ def evaluate(
         return roll_out(
             params,
             pool,
-            evaluation_jobs(episodes),
+            evaluation_jobs(episodes)[first:],
             config=config,
             keep_observations=False,
             on_decision=on_decision,
@@ -114,18 +119,34 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def record_video(params: Params, config: Config, path: Path) -> Rollout:
+def record_video(
+    params: Params, config: Config, path: Path, *, make: Callable[..., gym.Env] = make_env
+) -> Rollout:
     """Record the first episode of `evaluate`.
 
+    Args:
+        params: parameters of all networks.
+        config: the run's configuration.
+        path: of the video, .gif or .mp4.
+        make: called as ``make(config.env, training=False, render_mode="rgb_array")``.
+
     Raises:
-        UsageError: if the file cannot be written, or the optional dependency is missing.
+        UsageError: if the file cannot be written, the optional dependency is missing, or the
+            environment cannot be drawn.
     """
     write = _video_writer(path)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains without a screen
-    env = make_env(config.env, training=False, render_mode="rgb_array")
+    env = make(config.env, training=False, render_mode="rgb_array")
     env = RenderCollection(env, pop_frames=False, reset_clean=False)
     pool = LocalPool(lambda: env)
-    (rollout,) = roll_out(params, pool, evaluation_jobs(1), config=config, keep_observations=False)
+    try:
+        jobs = evaluation_jobs(1)
+        (rollout,) = roll_out(params, pool, jobs, config=config, keep_observations=False)
+    except Exception as error:  # without a screen, MuJoCo raises what it likes
+        raise UsageError(
+            f"the environment cannot be drawn ({type(error).__name__}: {error}); MuJoCo without a "
+            "screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        ) from error
     fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
     frames = [np.asarray(frame) for frame in env.render()]
     write(frames, fps / config.env.action_repeat)  # one frame per hold
@@ -198,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments, agent = parse_arguments(argv)
     config = agent.config
-    cli.cache_compilations()
+    compilation.cache_compilations()
     configs = [
         dataclasses.replace(
             config, planner=dataclasses.replace(config.planner, diffusion_steps=steps)
@@ -222,9 +243,16 @@ def main(argv: Sequence[str]) -> int:
         )
     params = agent.load(interface.example)
 
+    filmed = []
     if arguments.video:
-        filmed = record_video(params, configs[0], arguments.video)
-        print(f"{arguments.video}: a rollout with return {filmed.episode.episode_return:.1f}")
+        try:
+            filmed = [record_video(params, configs[0], arguments.video)]
+            score = filmed[0].episode.episode_return
+            print(f"{arguments.video}: a rollout with return {score:.1f}")
+        except UsageError as reason:
+            if arguments.video.suffix not in (".gif", ".mp4") or "pip install" in str(reason):
+                raise
+            print(f"warning: no video: {reason}", file=sys.stderr)
 
     results = []
     console = Console(stderr=True)
@@ -236,12 +264,14 @@ def main(argv: Sequence[str]) -> int:
             longest = -(-config.episode_steps // config.model.chunk)  # 0 if not known
             total = arguments.episodes * longest / arguments.num_envs or None
             task = bar.add_task("evaluating", total=total)
-            rollouts = evaluate(
+            done = filmed if each is configs[0] else []
+            rollouts = done + evaluate(
                 params,
                 each,
                 episodes=arguments.episodes,
                 num_envs=arguments.num_envs,
                 on_decision=functools.partial(bar.advance, task),
+                first=len(done),
             )
         numbers = summary([result.episode.episode_return for result in rollouts])
         error = numbers["standard_error"]

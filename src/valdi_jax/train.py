@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import gymnasium as gym
 import tyro
 
+from valdi_jax import cli
 from valdi_jax.config import Config
 from valdi_jax.envs import make_env
 from valdi_jax.errors import UsageError
@@ -86,10 +87,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         UsageError: if an option is invalid.
     """
-    from valdi_jax import cli
-    from valdi_jax.run import checkpoint
-    from valdi_jax.run.learner import check_names
-
     chosen = _value_of("--preset", argv)
     resumed = _value_of("--resume", argv)
     if chosen is not None and resumed is not None:
@@ -97,6 +94,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     given = _value_of("--init-from", argv)
     if given is not None and resumed is not None:
         raise UsageError("--init-from and --resume exclude each other: a run has its parameters")
+    if resumed or given:
+        from valdi_jax.run import checkpoint
     if resumed:
         base = checkpoint.load_config(Path(resumed))
     elif given and chosen is None:
@@ -110,7 +109,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         prog="python -m valdi_jax.train",
         description="Train a Valdi agent.",
     )
-    check_names(arguments.config)
     if resumed and arguments.run_dir:
         raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
     return arguments
@@ -129,10 +127,10 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    from valdi_jax import cli
-
     arguments = parse_arguments(argv)
-    cli.cache_compilations()
+    from valdi_jax import compilation
+
+    compilation.cache_compilations()
     # Unique also among the jobs of an array that start in the same second.
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     run_dir = (
@@ -153,6 +151,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from valdi_jax import cli
-
     cli.run(main)

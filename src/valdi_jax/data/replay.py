@@ -32,16 +32,19 @@ class Replay:
     def __init__(self, config: Config):
         self._config = config
         self._ring: list[Episode] = []
+        self._places = np.zeros(config.replay.capacity, np.int64)  # starts of segments, by slot
         self._oldest = 0  # slot of the oldest episode
 
     def add(self, episode: Episode) -> int:
         """Append an episode, replacing the oldest if full; returns its slot in the ring."""
         if len(self._ring) < self._config.replay.capacity:
+            slot = len(self._ring)
             self._ring.append(episode)
-            return len(self._ring) - 1
-        slot = self._oldest
-        self._ring[slot] = episode
-        self._oldest = (slot + 1) % len(self._ring)
+        else:
+            slot = self._oldest
+            self._ring[slot] = episode
+            self._oldest = (slot + 1) % len(self._ring)
+        self._places[slot] = self._starts(episode)
         return slot
 
     def __len__(self) -> int:
@@ -50,7 +53,7 @@ class Replay:
     @property
     def ready(self) -> bool:
         """Whether there is any segment to draw."""
-        return any(self._starts(episode) for episode in self._ring)
+        return bool(self._places.any())
 
     def _starts(self, episode: Episode) -> int:
         """Number of frames at which a segment of an episode can start.
@@ -75,8 +78,8 @@ class Replay:
         """
         model, span = self._config.model, self._config.segment_steps
         stride, count = self._config.frame_stride, len(self._ring)
-        oldest_first = [(self._oldest + i) % count for i in range(count)]
-        places = np.array([self._starts(self._ring[slot]) for slot in oldest_first])
+        oldest_first = (self._oldest + np.arange(count)) % max(count, 1)
+        places = self._places[oldest_first]
         eligible = np.flatnonzero(places)
         if not eligible.size:
             raise ValueError(f"no episode of at least {span} steps to sample from")
@@ -88,7 +91,7 @@ class Replay:
             drawn_places = rng.integers(ends_of[-1], size=batch_size)
             chosen = np.searchsorted(ends_of, drawn_places, side="right")
             starts = stride * (drawn_places - (ends_of - places)[chosen])
-        slots = np.array(oldest_first)[chosen]
+        slots = oldest_first[chosen]
         drawn = [self._ring[slot] for slot in slots]
         ends = np.array([len(episode) for episode in drawn])
         terminated = np.array([episode.terminated for episode in drawn])

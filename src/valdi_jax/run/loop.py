@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -149,7 +150,7 @@ def _loop(
             if overlap:
                 rollouts = _collect_beside(learn, source, learner, numbers, metrics, interrupt)
             else:
-                reporter.phase("collecting")
+                reporter.collecting(numbers)
                 with learner.planning() as params:
                     rollouts = source.collect(params, numbers, interrupt)
             for rollout in rollouts:
@@ -176,7 +177,7 @@ def _loop(
         saved = "saved" if saver.complete else "NOT saved"
         expected = isinstance(error, (cli.Interrupted, StoppedError))
         what = error if expected else f"{type(error).__name__} (the traceback follows)"
-        reporter.say(f"{what}: {saved}; continue with --resume {saver.run_dir}")
+        reporter.say(f"{what}: {saved}; {_how_to_resume(saver.run_dir)}")
         raise
     if (progress.episodes, learner.updates, reporter.evaluated) == before:
         reporter.say(
@@ -187,6 +188,13 @@ def _loop(
         saver.save()
     if not saver.complete:
         raise StoppedError("the end of the run could not be saved")
+
+
+def _how_to_resume(run_dir: Path) -> str:
+    known = checkpoint.identity(run_dir)
+    if known and known["made_by"]:
+        return f"continue with the same program and train({str(run_dir)!r}, resume=True)"
+    return f"continue with python -m valdi_jax.train --resume {shlex.quote(str(run_dir))}"
 
 
 def _first_state(source: Source) -> AgentState:

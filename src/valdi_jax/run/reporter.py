@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from valdi_jax import cli
+from valdi_jax import compilation
 from valdi_jax.config import Config
 from valdi_jax.data.rollout import Rollout, exploration_noise
 from valdi_jax.data.source import Progress
@@ -38,12 +38,21 @@ class Reporter:
         evaluations = read_jsonl(run_dir / "evaluations.jsonl")
         self.evaluated = evaluations[-1]["episode"] + 1 if evaluations else 0
         self._begun = time.monotonic() - progress.seconds  # as if the run had never stopped
+        self._planned = False
         self._compiled = False  # whether the compile time was reported
         self._unscored = 0  # consecutive episodes without a finite planner score
 
     def live(self) -> Display:
         """The display, as a context."""
         return self._display
+
+    def collecting(self, numbers: Sequence[int]) -> None:
+        """The episodes of a round are under way."""
+        first, seed = numbers[0] + 1, self._config.collect.seed_episodes
+        untrained = f", the untrained planner's {first} of {seed}" if first <= seed else ""
+        compiling = "" if self._planned else " (the planner compiles first)"
+        self._planned = True
+        self.phase(f"collecting episode {first}{untrained}{compiling}")
 
     @contextlib.contextmanager
     def learning(self, owed: int, metrics: dict[str, float]) -> Iterator[list[dict[str, float]]]:
@@ -109,7 +118,7 @@ class Reporter:
             self._display.episode(record)
         if updates and not self._compiled:
             self._compiled = True
-            seconds, spared = cli.compile_cost()
+            seconds, spared = compilation.compile_cost()
             cached = jax.config.values["jax_compilation_cache_dir"] is not None
             self.say(
                 f"compiled for {seconds:.0f} s in all; "
