@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from valdi_jax import cli
+from valdi_jax import compilation
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,12 +101,12 @@ def test_compiled_programs_are_kept_for_accelerators_only(monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    cli.cache_compilations()
+    compilation.cache_compilations()
     assert kept == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    cli.cache_compilations()
+    compilation.cache_compilations()
     assert kept == {"jax_compilation_cache_dir": str(tmp_path / "valdi-jax")}
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     kept.clear()
-    cli.cache_compilations()
+    compilation.cache_compilations()
     assert kept == {}, "JAX reads the variable itself"

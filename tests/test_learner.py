@@ -171,7 +171,7 @@ def test_overlap_makes_every_update_due(tmp_path):
     state = run(tmp_path / "run", 5, OVERLAP)
     assert int(state.step) == 9
     # An episode is collected during the updates of the previous one.
-    assert [r["total/updates"] for r in metrics(tmp_path / "run")] == [0, 0, 0, 3, 6]
+    assert [r["total/updates"] for r in metrics(tmp_path / "run")] == [0, 0, 0, 3, 9]
 
 
 def test_overlap_collects_with_parameters_that_lack_the_last_updates(tmp_path):

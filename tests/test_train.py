@@ -348,7 +348,7 @@ def test_bad_options_are_answered_in_one_sentence(argv, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"dynamics": "flux"}}, "--model.dynamics: unknown 'flux'; did you mean 'flow'"),
+        ({"model": {"dynamics": "flw"}}, "--model.dynamics: unknown 'flw'; did you mean 'flow'"),
         ({"planner": {"kind": "cen"}}, "--planner.kind: unknown 'cen'; did you mean 'cem'"),
         ({"learn": {"terms": ("value", "policy")}}, "--learn.terms: unknown 'policy'; choose"),
         ({"model": {"networks": ("policy",)}}, "--model.networks: unknown 'policy'"),

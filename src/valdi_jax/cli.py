@@ -130,17 +130,3 @@ def interruptible() -> Iterator[Callable[[], None]]:
             signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
         os.close(writing)
-
-
-def train() -> None:
-    """Run the console script ``valdi-train``."""
-    from valdi_jax.train import main
-
-    run(main)
-
-
-def evaluate() -> None:
-    """Run the console script ``valdi-evaluate``."""
-    from valdi_jax.evaluate import main
-
-    run(main)

@@ -245,13 +245,12 @@ def main(argv: Sequence[str]) -> int:
 
     filmed = []
     if arguments.video:
+        _video_writer(arguments.video)  # raises before anything else is done
         try:
             filmed = [record_video(params, configs[0], arguments.video)]
             score = filmed[0].episode.episode_return
             print(f"{arguments.video}: a rollout with return {score:.1f}")
         except UsageError as reason:
-            if arguments.video.suffix not in (".gif", ".mp4") or "pip install" in str(reason):
-                raise
             print(f"warning: no video: {reason}", file=sys.stderr)
 
     results = []
@@ -302,5 +301,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the console script."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

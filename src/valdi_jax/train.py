@@ -150,5 +150,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the console script."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

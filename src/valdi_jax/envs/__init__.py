@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.envs.wrappers import paced
+from valdi_jax.envs.wrappers import Limited, paced
 from valdi_jax.errors import UsageError
 
 
@@ -116,19 +117,20 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
     env = make(config, training=training)
     if make is make_env:
         return env
-    limit = env.spec.max_episode_steps if env.spec is not None else None
+    spec = getattr(env, "spec", None)
+    limit = spec.max_episode_steps if spec is not None else None
     inner = env
     while isinstance(inner, gym.Wrapper):
         if isinstance(inner, gym.wrappers.TimeLimit):
             limit = inner._max_episode_steps
         inner = inner.env
     if config.max_steps and (limit is None or limit > config.max_steps):
-        return gym.wrappers.TimeLimit(env, config.max_steps)
+        return cast(gym.Env, Limited(env, config.max_steps))
     if limit is not None:
         return env
     env.close()
     raise UsageError(
-        "the environment has no time limit: give one with env.max_steps, or wrap it in "
+        "the environment has no time limit: give --env.max-steps (env.max_steps), or wrap it in "
         "gymnasium.wrappers.TimeLimit"
     )
 

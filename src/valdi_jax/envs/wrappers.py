@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 
 
@@ -42,6 +44,36 @@ class ThroughTerminals(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._terminated |= terminated
         return observation, reward, truncated and self._terminated, truncated, info
+
+
+class Limited:
+    """Truncates the episodes of any object that acts like an environment.
+
+    Unlike Gymnasium's wrapper it asks nothing else of it: neither its class nor the arguments of
+    its reset.
+    """
+
+    def __init__(self, env: gym.Env, steps: int):
+        self._env, self._limit, self._steps = env, steps, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in ("_env", "_limit", "_steps")
+        object.__setattr__(self if own else self._env, name, value)
+
+    def reset(self, **kwargs):
+        self._steps = 0
+        return self._env.reset(**kwargs)
+
+    def step(self, action):
+        answer = self._env.step(action)
+        self._steps += 1
+        if self._steps < self._limit or not isinstance(answer, tuple) or len(answer) != 5:
+            return answer
+        observation, reward, terminated, _, info = answer
+        return observation, reward, terminated, True, info
 
 
 def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
