@@ -197,6 +197,40 @@ def test_a_run_of_an_environment_of_ones_own_is_not_scored_on_another(run):
         go(run, 4, resume=True, make=make_env)
 
 
+def test_a_run_that_has_only_checkpoints_of_others_never_starts_at_zero(run, tmp_path):
+    other = dataclasses.replace(CONFIG, seed=7)
+    go(tmp_path / "other", 5, config=other)
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", run / "checkpoints")
+    with pytest.raises(UsageError, match="no checkpoint of its own"):
+        go(run, 6, resume=True)
+
+
+def test_a_lost_identity_is_found_again_in_the_checkpoints(run):
+    before = checkpoint.identity(run)["id"]
+    (run / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"is damaged.*resuming makes a new one"):
+        checkpoint.load_config(run)
+    (run / "run.json").unlink()
+    _, output = go(run, 4, resume=True)
+    assert checkpoint.identity(run)["id"] == before
+    assert "another run" not in output
+
+
+def test_a_kill_while_an_older_run_gets_its_checksum_leaves_it_usable(run, monkeypatch):
+    (run / "run.json").unlink()
+    config = checkpoint.load_config(run)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_config(run, config.replace(collect={"episodes": 77}))
+    assert checkpoint.load_config(run) == config
+
+
 # Environments
 
 

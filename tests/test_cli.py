@@ -13,7 +13,7 @@ from valdi_jax import cli
 with cli.interruptible():
     for signum in sys.argv[1:]:
         os.kill(os.getpid(), int(signum))
-        time.sleep(0.2)
+        time.sleep(0.8)
     time.sleep(60)
 """
 

@@ -59,8 +59,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.half and not arguments.export:
         raise UsageError("--half is for --export")
     if arguments.accept_config:
-        from_dict(json.loads((arguments.run / "config.json").read_bytes()))  # raises
-        accept_config(arguments.run)
+        if arguments.export:
+            raise UsageError("--accept-config and --export exclude each other")
+        path = arguments.run / "config.json"
+        try:
+            from_dict(json.loads(path.read_bytes()))  # raises
+            accept_config(arguments.run)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not a valid configuration: {error}"[:300]) from error
         return 0
     exported = agents.locate(arguments.run)
     if exported and arguments.export:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REPEAT = 0.5  # seconds in which `timeout` and shells may send the same signal twice
 _STOPPING = (
     b"\nstopping after the step under way (the first ones compile for a while); "
     b"a second signal exits at once and saves nothing\n"
@@ -111,10 +113,13 @@ def interruptible() -> Iterator[Callable[[], None]]:
     os.set_blocking(writing, False)
 
     def watch() -> None:
-        seen = 0
+        first = None
         while numbers := os.read(reading, 16):
-            seen += sum(number in _SIGNALS for number in numbers)
-            if seen > 1:
+            if not any(number in _SIGNALS for number in numbers):
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > _REPEAT:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides
                 os._exit(130)
@@ -122,11 +127,29 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
     threading.Thread(target=watch, daemon=True).start()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    previous = {s: signal.signal(s, handle) for s in _SIGNALS}
+    # What was ignored stays ignored, as under nohup.
+    heard = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handle) for s in heard}
+
+    def restore() -> None:
+        signal.set_wakeup_fd(before)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    _in_children.append(restore)
     try:
         yield check
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-        signal.set_wakeup_fd(before)
+        _in_children.remove(restore)
+        restore()
         os.close(writing)
+
+
+def _forget_in_child() -> None:
+    """A forked child's signals are its own affair: they must not count as the parent's."""
+    while _in_children:
+        _in_children.pop()()
+
+
+_in_children: list[Callable[[], None]] = []
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -54,7 +54,8 @@ def _section(path: str) -> Callable[[type[T]], type[T]]:
                 first = error.errors()[0]
                 if first["type"] == "unexpected_keyword_argument":
                     raise TypeError(f"{cls.__name__} has no field {first['loc'][0]}") from None
-                option = ".".join(map(str, (path, *first["loc"]))).lstrip(".").replace("_", "-")
+                names = [part for part in first["loc"] if isinstance(part, str)]
+                option = ".".join((path, *names)).lstrip(".").replace("_", "-")
                 raise UsageError(f"--{option} {_complaint(first)}") from None
 
         made.__init__ = init

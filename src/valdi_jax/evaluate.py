@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
 from valdi_jax import cli, compilation
-from valdi_jax.config import Config, PlannerConfig, validate
+from valdi_jax.config import Config, EnvConfig, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
 from valdi_jax.envs import evaluation_seeds, interface_of, make_env, own_env
@@ -136,8 +136,12 @@ def record_video(
     """
     write = _video_writer(path)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains without a screen
-    env = make(config.env, training=False, render_mode="rgb_array")
-    env = RenderCollection(env, pop_frames=False, reset_clean=False)
+
+    def filmed(config: EnvConfig, *, training: bool) -> gym.Env:
+        env = make(config, training=training, render_mode="rgb_array")
+        return RenderCollection(env, pop_frames=False, reset_clean=False)
+
+    env = own_env(filmed, config.env, training=False)
     pool = LocalPool(lambda: env)
     try:
         jobs = evaluation_jobs(1)
@@ -147,11 +151,13 @@ def record_video(
             f"the environment cannot be drawn ({type(error).__name__}: {error}); MuJoCo without a "
             "screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
         ) from error
-    fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
-    frames = [np.asarray(frame) for frame in env.render()]
-    write(frames, fps / config.env.action_repeat)  # one frame per hold
-    pool.close()
-    return rollout
+    else:
+        fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
+        frames = [np.asarray(frame) for frame in cast(list, env.render())]
+        write(frames, fps / config.env.action_repeat)  # one frame per hold
+        return rollout
+    finally:
+        pool.close()
 
 
 def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:

@@ -21,6 +21,13 @@ class Registry(dict[str, T]):
         super().__init__(members)
         self._option = option
 
+    def __setitem__(self, name: str, member: T) -> None:
+        if name in self and self[name] is not member:
+            import jax
+
+            jax.clear_caches()  # compiled programs know members by name alone
+        super().__setitem__(name, member)
+
     def __missing__(self, name: str) -> NoReturn:
         near = difflib.get_close_matches(name, self, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(self)}"

@@ -45,6 +45,9 @@ class Source(Protocol):
     example: Observation
     config: Config
 
+    def open(self) -> None:
+        """Start what it needs, from the main thread."""
+
     def next_round(self, progress: Progress) -> range:
         """Numbers of the episodes to collect next."""
 
@@ -107,6 +110,10 @@ class Environments:
             last_only=config.env.render_every == "chunk",
             timeout=config.collect.worker_timeout,
         )
+
+    def open(self) -> None:
+        """Start the environments."""
+        assert self.pool
 
     def next_round(self, progress: Progress) -> range:
         """One episode per environment."""

@@ -125,7 +125,8 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
             limit = inner._max_episode_steps
         inner = inner.env
     if config.max_steps and (limit is None or limit > config.max_steps):
-        return cast(gym.Env, Limited(env, config.max_steps))
+        holds = -(-config.max_steps // config.action_repeat)  # a factory holds actions by itself
+        return cast(gym.Env, Limited(env, holds))
     if limit is not None:
         return env
     env.close()

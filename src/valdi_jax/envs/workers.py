@@ -32,6 +32,7 @@ from valdi_jax.errors import StoppedError
 from valdi_jax.observation import Observation
 
 _FIRST_ANSWER = 600.0  # more seconds for a first answer: imports, simulator start
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WORKER_LOSSES = 3  # consecutive losses of one worker before giving up
 
 
@@ -414,7 +415,7 @@ def _signals_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    previous = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, signal.SIG_IGN) for s in _SIGNALS}
     try:
         yield
     finally:
@@ -439,7 +440,7 @@ def _end_with_the_parent() -> None:
 
 def _serve(pipe: Connection, memory: ctypes.Array, shapes: _Shapes) -> None:
     """Answer requests until the other end closes."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # if the parent could not do it
+    for signum in _SIGNALS:  # if the parent could not do it
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:

@@ -97,10 +97,9 @@ def create_run(
                 "with resume=True)"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_signed(
-            run_dir / _IDENTITY,
-            {"id": secrets.token_hex(16), "made_by": made_by, "config_sha256": []},
-        )
+        body: dict[str, Any] = {"id": secrets.token_hex(16), "made_by": made_by}
+        body["config_sha256"] = []
+        write_signed(run_dir / _IDENTITY, body)
         if state is not None:
             save(run_dir, state, Progress(), keep=1, replay={})
         save_config(run_dir, config)
@@ -124,8 +123,13 @@ def accept_config(run_dir: Path, digest: str | None = None, *, keep: bool = Fals
         digest: checksum of the configuration, by default of the file.
         keep: also accept the previous checksum, in case of a kill before the file is replaced.
     """
-    body = identity(run_dir) or {"id": secrets.token_hex(16), "made_by": None, "config_sha256": []}
-    accepted = [digest or file_digest(run_dir / "config.json")]
+    path = run_dir / "config.json"
+    body = identity(run_dir)
+    if body is None:  # an older run: its checkpoints stay its own
+        own = [run for run in map(_run_of, checkpoints(run_dir)) if run is not None]
+        body = {"id": own[-1] if own else secrets.token_hex(16), "made_by": None}
+        body["config_sha256"] = [file_digest(path)] if path.exists() else []
+    accepted = [digest or file_digest(path)]
     if keep:
         accepted += body["config_sha256"]
     write_signed(run_dir / _IDENTITY, {**body, "config_sha256": accepted})
@@ -149,7 +153,7 @@ def identity(run_dir: Path) -> dict[str, Any] | None:
         }
     except (ValueError, KeyError) as error:
         raise UsageError(
-            f"{path} is damaged ({error}): delete it, and the run has no identity"
+            f"{path} is damaged ({error}): delete it, and resuming makes a new one"
         ) from error
 
 
@@ -207,7 +211,7 @@ def save(
     partial, replaced, _ = (final.with_name(f"{kind}-{final.name}") for kind in _UNFINISHED)
     for kind in _UNFINISHED:  # left by an earlier kill
         for leftover in final.parent.glob(f"{kind}-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=kind != "partial")
     partial.mkdir(parents=True)
     training = _training_tree(state)
     counters = dataclasses.replace(progress, seconds=0.0)  # time is not part of the content
@@ -216,7 +220,7 @@ def save(
         _save_tree(partial / "params", state.params)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
-        run = (identity(run_dir) or {}).get("id")
+        run = _run_id(run_dir)
         _write_manifest(partial, run, updates=int(state.step), replay=replay, content=content)
         flush(partial)
     except BaseException:
@@ -238,7 +242,7 @@ def save_params(run_dir: Path, params: Params) -> Path:
     final = run_dir / "checkpoints" / "00000000"
     _save_tree(final / "params", params)
     write_json(final / "progress.json", dataclasses.asdict(Progress()))
-    run = (identity(run_dir) or {}).get("id")
+    run = _run_id(run_dir)
     _write_manifest(final, run, updates=0, replay={}, content=params)
     return final
 
@@ -313,11 +317,15 @@ def recover(run_dir: Path) -> Recovered:
         if not final.exists():  # killed between the two renames of `save`
             replaced.rename(final)
     sentences = []
-    for path in checkpoints(run_dir):
-        if _is_foreign(run_dir, path):
-            _set_aside(path, "foreign")
-            sentences.append(f"{path} belongs to another run, and is set aside")
+    known = identity(run_dir)
     found = checkpoints(run_dir)
+    foreign = [p for p in found if known and _run_of(p) not in (None, known["id"])]
+    if foreign and len(foreign) == len(found):
+        raise UsageError(f"{run_dir} has no checkpoint of its own: all belong to another run")
+    for path in foreign:
+        _set_aside(path, "foreign")
+        sentences.append(f"{path} belongs to another run, and is set aside")
+    found = [path for path in found if path not in foreign]
     damage = {path: verify(path) for path in found}
     whole = [path for path in found if not damage[path]]
     lost = {path: verify_replay(run_dir, path) for path in whole}
@@ -343,14 +351,19 @@ def recover(run_dir: Path) -> Recovered:
     return Recovered(used, kept, sentences)
 
 
-def _is_foreign(run_dir: Path, checkpoint: Path) -> bool:
-    """Whether a checkpoint belongs to another run, as far as it is readable."""
-    known = identity(run_dir)
+def _run_of(checkpoint: Path) -> str | None:
+    """The id of the run that a checkpoint belongs to, as far as it is known and readable."""
     try:
-        run = read_signed(checkpoint / MANIFEST).get("run")
+        return read_signed(checkpoint / MANIFEST).get("run")
     except ValueError:
-        return False
-    return known is not None and run is not None and run != known["id"]
+        return None
+
+
+def _run_id(run_dir: Path) -> str | None:
+    try:
+        return (identity(run_dir) or {}).get("id")
+    except UsageError:  # damaged since the run began: no reason not to save
+        return None
 
 
 def _set_aside(path: Path, why: str = "damaged") -> None:
@@ -669,8 +682,7 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
             part = getattr(example, name)
             if part is not None:
                 expected[name] = ((frames, *part.shape), part.dtype)
-        most = config.episode_steps or math.inf
-        if not 0 < length <= most or given != expected:
+        if not length or given != expected:
             raise ValueError(f"it holds {given}, not {expected}"[:1000])
 
     try:

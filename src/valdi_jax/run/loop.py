@@ -74,7 +74,8 @@ def train(
         else:
             made_by = None if make is make_env else _name(make)
             checkpoint.create_run(run_dir, config, given, made_by=made_by)
-        recovered = checkpoint.recover(run_dir)
+        known = resume or init_from is not None
+        recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
         if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
             state, progress = _first_state(source), Progress()
         else:
@@ -105,7 +106,9 @@ def train(
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
         stack.enter_context(reporter.live())
-        _loop(config, source, learner, saver, reporter, progress, interrupt)
+        source.open()  # here, as worker processes inherit what the main thread ignores
+        executor = stack.enter_context(ThreadPoolExecutor(1, "collect"))
+        _loop(config, source, learner, saver, reporter, executor, progress, interrupt)
     return learner.state
 
 
@@ -115,6 +118,7 @@ def _loop(
     learner: Learner,
     saver: Saver,
     reporter: Reporter,
+    executor: ThreadPoolExecutor,
     progress: Progress,
     interrupt: Interrupt,
 ) -> None:
@@ -148,7 +152,9 @@ def _loop(
             numbers = source.next_round(progress)
             metrics: dict[str, float] = {}
             if overlap:
-                rollouts = _collect_beside(learn, source, learner, numbers, metrics, interrupt)
+                rollouts = _collect_beside(
+                    learn, source, learner, reporter, executor, numbers, metrics, interrupt
+                )
             else:
                 reporter.collecting(numbers)
                 with learner.planning() as params:
@@ -191,7 +197,9 @@ def _loop(
 
 
 def _how_to_resume(run_dir: Path) -> str:
-    known = checkpoint.identity(run_dir)
+    known = None
+    with contextlib.suppress(UsageError):  # a damaged identity hides no other error
+        known = checkpoint.identity(run_dir)
     if known and known["made_by"]:
         return f"continue with the same program and train({str(run_dir)!r}, resume=True)"
     return f"continue with python -m valdi_jax.train --resume {shlex.quote(str(run_dir))}"
@@ -234,6 +242,8 @@ def _collect_beside(
     learn: Callable[[dict[str, float]], None],
     source: Source,
     learner: Learner,
+    reporter: Reporter,
+    executor: ThreadPoolExecutor,
     numbers: Sequence[int],
     metrics: dict[str, float],
     interrupt: Interrupt,
@@ -249,14 +259,14 @@ def _collect_beside(
     # A copy, because updates donate their own; on one device, though updates may use several.
     params = jax.tree.map(jnp.copy, learner.state.params)
     params = jax.device_put(params, jax.local_devices()[0])
-    with ThreadPoolExecutor(1, "collect") as executor:
-        collecting = executor.submit(source.collect, params, numbers, stop)
-        try:
-            learn(metrics)
-        except BaseException:
-            over.set()
-            raise
-        return collecting.result()
+    collecting = executor.submit(source.collect, params, numbers, stop)
+    try:
+        learn(metrics)
+    except BaseException:
+        over.set()
+        raise
+    reporter.collecting(numbers)
+    return collecting.result()
 
 
 def _say_memory(source: Source, reporter: Reporter) -> None:
