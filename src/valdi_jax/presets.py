@@ -83,12 +83,7 @@ PRESETS: dict[str, Config] = {
             value_width=256,
         ),
         planner=PlannerConfig(
-            candidates=64,
-            elites=8,
-            iterations=4,
-            answer="mean",
-            correlation=0.5,
-            shared_noise=True,
+            candidates=64, elites=8, iterations=4, answer="mean", shared_noise=True
         ),
         learn=LearnConfig(
             batch_size=64,
