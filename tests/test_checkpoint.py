@@ -49,6 +49,17 @@ def test_a_checkpoint_holds_everything_exactly(run, state):
     chex.assert_trees_all_equal(checkpoint.load_params(path, EXAMPLE, CONFIG), state.params)
 
 
+def test_who_acts_with_an_average_is_evaluated_with_it(run):
+    config = CONFIG.replace(learn={"average": 0.1})
+    state = init_state(jax.random.key(4), EXAMPLE, config=config)
+    state = state.replace(average=jax.tree.map(lambda x: x + 1, state.average))
+    path = checkpoint.save(run, state, Progress(episodes=7), keep=2, replay={})
+    restored, _ = checkpoint.load(path, EXAMPLE, config)
+    chex.assert_trees_all_equal(restored.params, state.params)
+    chex.assert_trees_all_equal(restored.average, state.average)
+    chex.assert_trees_all_equal(checkpoint.load_params(path, EXAMPLE, config), state.average)
+
+
 def test_only_the_newest_checkpoints_are_kept(run, state):
     for episodes in (1, 2, 3):
         checkpoint.save(run, state, Progress(episodes=episodes), keep=2, replay={})

@@ -134,6 +134,19 @@ def test_the_ema_follows_at_its_rate():
     )
 
 
+def test_an_agent_acts_with_the_average_over_a_share_of_its_updates():
+    config = configured(average=0.5)
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    seen = []
+    for _ in range(3):
+        state, _ = update(state, random_batch(), config=config)
+        seen.append(np.asarray(jax.tree.leaves(state.params)[0]))
+    # The update after n others has the weight 1 / (1 + n / 2).
+    expected = (seen[0] / 3 + seen[1] * 2 / 3) / 2 + seen[2] / 2
+    np.testing.assert_allclose(jax.tree.leaves(state.acting)[0], expected, atol=1e-6)
+    assert np.abs(seen[2] - expected).max() > 1e-5
+
+
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])
 @pytest.mark.parametrize("td_encoder", ["online", "ema"])
 def test_no_gradient_reaches_the_targets(dynamics, td_encoder):

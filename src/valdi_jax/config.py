@@ -229,6 +229,9 @@ class LearnConfig:
     """Global gradient norm at which to clip."""
     ema_rate: Share = 0.005
     """Weight of the online parameters in the moving average at each update."""
+    average: Fraction = 0.0
+    """Act with an average of the parameters over about this share of all updates so far (power
+    EMA, Karras et al., 2024); 0 for the latest parameters, as in the reference."""
     discount: Share = 0.99
     """Discount per environment step."""
     diffusion_weight: Weight = 1.0

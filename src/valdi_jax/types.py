@@ -49,6 +49,12 @@ class AgentState(struct.PyTreeNode):
     optimizer: Any  # optax state
     step: Array  # [] int32, updates done
     key: Array  # PRNG key; each update folds the step into it
+    average: Params | None = None  # slow average of params, if learn.average asks for one
+
+    @property
+    def acting(self) -> Params:
+        """The parameters to act with: the slow average if there is one."""
+        return self.params if self.average is None else self.average
 
 
 class Plan(struct.PyTreeNode):

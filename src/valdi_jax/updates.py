@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +46,25 @@ def _first_state(params: Params, key: Array, config: Config) -> AgentState:
         optimizer=make_optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
         key=key,
+        average=jax.tree.map(jnp.copy, params) if config.learn.average else None,
     )
 
 
 def start_from(state: AgentState, params: Params) -> AgentState:
-    """Replace the parameters of a fresh agent, and their moving average."""
-    params, ema_params = (jax.tree.map(jnp.array, params) for _ in range(2))
-    return state.replace(params=params, ema_params=ema_params)
+    """Replace the parameters of a fresh agent, and their moving averages."""
+    return _with_each(state, lambda _: jax.tree.map(jnp.array, params))
+
+
+def _with_each(state: AgentState, change: Callable[[Params], Params]) -> AgentState:
+    """Change the parameters and their moving averages, which share no buffer.
+
+    An update donates each of them.
+    """
+    return state.replace(
+        params=change(state.params),
+        ema_params=change(state.ema_params),
+        average=None if state.average is None else change(state.average),
+    )
 
 
 def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
@@ -61,10 +74,8 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
     before = state.params["normalizer"]
     # Keep the layout, because another one would recompile the update.
     statistics = jax.device_put(merge(before, vectors), jax.tree.map(lambda x: x.sharding, before))
-    # The EMA gets a copy, because the update donates both.
-    return state.replace(
-        params={**state.params, "normalizer": statistics},
-        ema_params={**state.ema_params, "normalizer": jax.tree.map(jnp.copy, statistics)},
+    return _with_each(
+        state, lambda params: {**params, "normalizer": jax.tree.map(jnp.copy, statistics)}
     )
 
 
@@ -99,19 +110,27 @@ def apply_update(
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
+    average = state.average
+    if config.learn.average:
+        rate = 1 / (1 + config.learn.average * state.step.astype(jnp.float32))
+        average = optax.incremental_update(params, average, rate)
     metrics["grad/norm"] = optax.tree.norm(grads)
     # The step too: an optimizer may turn finite gradients into non-finite steps.
     metrics["update/norm"] = optax.tree.norm(updates)
     checked = (metrics["loss/total"], metrics["grad/norm"], metrics["update/norm"])
     finite = jnp.isfinite(jnp.stack(checked)).all()
     metrics["update/refused"] = 1 - finite.astype(jnp.float32)
-    params, ema_params, optimizer = jax.tree.map(
+    params, ema_params, optimizer, average = jax.tree.map(
         functools.partial(jnp.where, finite),
-        (params, ema_params, optimizer),
-        (state.params, state.ema_params, state.optimizer),
+        (params, ema_params, optimizer, average),
+        (state.params, state.ema_params, state.optimizer, state.average),
     )
     state = state.replace(
-        params=params, ema_params=ema_params, optimizer=optimizer, step=state.step + 1
+        params=params,
+        ema_params=ema_params,
+        optimizer=optimizer,
+        average=average,
+        step=state.step + 1,
     )
     return state, metrics
 

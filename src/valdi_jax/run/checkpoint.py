@@ -3,8 +3,9 @@
     RUN/config.json               the resolved configuration
     RUN/run.json                  the run's identity, and the checksum of its configuration
     RUN/checkpoints/00000025/     after 25 episodes:
-        params/                     the online networks, all that acting needs (Orbax)
-        training/                   EMA, optimizer, step and key (Orbax)
+        params/                     the parameters to act with (Orbax)
+        training/                   EMA, optimizer, step and key (Orbax); the online networks, if
+                                    it acts with their average
         progress.json               counters
         manifest.json               checksums of these files and of the replay's
     RUN/replay/00000024.npz       one episode, written once
@@ -215,9 +216,9 @@ def save(
     partial.mkdir(parents=True)
     training = _training_tree(state)
     counters = dataclasses.replace(progress, seconds=0.0)  # time is not part of the content
-    content = (state.params, training, dataclasses.asdict(counters), sorted(replay.items()))
+    content = (state.acting, training, dataclasses.asdict(counters), sorted(replay.items()))
     try:
-        _save_tree(partial / "params", state.params)
+        _save_tree(partial / "params", state.acting)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
         run = _run_id(run_dir)
@@ -539,7 +540,7 @@ def _params_template(observation: Observation, config: Config) -> Params:
 
 
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
-    """The online networks of a checkpoint directory; ``observation`` is one example.
+    """The parameters to act with of a checkpoint directory; ``observation`` is one example.
 
     Raises:
         UsageError: if this is not a checkpoint, or its shapes differ.
@@ -561,14 +562,15 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
     template = jax.eval_shape(
         lambda key: init_state(key, observation, config=config), jax.random.key(0)
     )
-    params = load_params(checkpoint, observation, config)
+    acting = load_params(checkpoint, observation, config)
     training = _load_tree(checkpoint / "training", jax.eval_shape(_training_tree, template))
     state = AgentState(
-        params=params,
+        params=training.get("params", acting),
         ema_params=training["ema_params"],
         optimizer=training["optimizer"],
         step=training["step"],
         key=jax.random.wrap_key_data(training["key"]),
+        average=acting if "params" in training else None,
     )
     return state, _load_progress(checkpoint / "progress.json")
 
@@ -712,12 +714,13 @@ def _episode_path(run_dir: Path, number: int) -> Path:
 
 
 def _training_tree(state: AgentState) -> dict[str, Any]:
-    return {
+    tree = {
         "ema_params": state.ema_params,
         "optimizer": state.optimizer,
         "step": state.step,
         "key": jax.random.key_data(state.key),
     }
+    return tree if state.average is None else tree | {"params": state.params}
 
 
 def _save_tree(path: Path, tree: Any) -> None:

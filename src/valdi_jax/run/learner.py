@@ -86,7 +86,7 @@ class Learner:
     @contextlib.contextmanager
     def planning(self) -> Iterator[Params]:
         """Context in which all devices share the candidates of a plan; yields its parameters."""
-        params = self.state.params
+        params = self.state.acting
         if jax.device_count() == 1:
             yield params
             return

@@ -257,7 +257,7 @@ def _collect_beside(
             raise StoppedError("learning has stopped")
 
     # A copy, because updates donate their own; on one device, though updates may use several.
-    params = jax.tree.map(jnp.copy, learner.state.params)
+    params = jax.tree.map(jnp.copy, learner.state.acting)
     params = jax.device_put(params, jax.local_devices()[0])
     collecting = executor.submit(source.collect, params, numbers, stop)
     try:
