@@ -570,6 +570,21 @@ def test_a_full_disk_leaves_nothing_that_the_exit_waits_for(tmp_path, monkeypatc
     assert threading.active_count() <= before + 1
 
 
+def test_a_run_with_64_bit_jax_is_resumed_with_and_without_it(run):
+    with jax.enable_x64(True):
+        go(run, 4, resume=True)
+    state, _ = go(run, 5, resume=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    assert np.load(run / "replay" / "00000003.npz")["actions"].dtype == np.float32
+
+
+def test_a_replay_larger_than_the_memory_is_warned_of_at_the_start(tmp_path, monkeypatch):
+    few = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", few.__getitem__)
+    _, output = go(tmp_path / "run", config=CONFIG.replace(replay={"capacity": 1000}))
+    assert "--replay.capacity" in output
+
+
 def test_functools_is_named_by_what_it_wraps(tmp_path):
     make = functools.partial(make_counting, length=25)
     go(tmp_path / "run", make=make)

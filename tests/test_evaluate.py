@@ -9,7 +9,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
 from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, video
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,22 @@ def test_a_rollout_can_be_recorded(run, tmp_path, suffix):
     assert frames.shape[0] >= 15
     assert frames.shape[-1] in (3, 4)
     assert np.any(frames[0] != frames[-1])
+
+
+def test_an_environment_that_cannot_be_drawn_is_scored_all_the_same(
+    run, tmp_path, monkeypatch, capsys
+):
+    def fail(*args, **kwargs):
+        raise RuntimeError("gladLoadGL error")
+
+    monkeypatch.setattr(video, "own_env", fail)
+    path = tmp_path / "drive.gif"
+    assert evaluate.main([str(run), "--episodes", "1", "--video", str(path)]) == 0
+    output = capsys.readouterr()
+    assert "1 episodes" in output.out
+    assert "gladLoadGL" in output.err
+    assert "MUJOCO_GL=egl" in output.err
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

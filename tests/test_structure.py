@@ -19,8 +19,8 @@ ORDER = [
     *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.spaces", "envs.workers"),
     *("envs", "data.rollout", "data.source", "cli", "compilation"),
-    *("run", "run.manifest", "run.agents", "run.checkpoint", "run.learner", "run.log"),
-    *("run.display", "run.reporter", "run.saver", "run.loop"),
+    *("run", "run.manifest", "run.agents", "run.checkpoint", "run.video", "run.learner"),
+    *("run.log", "run.display", "run.reporter", "run.saver", "run.loop"),
     *("train", "evaluate", "checkpoint", "convert"),
 ]
 
@@ -65,6 +65,7 @@ def test_gymnasium_appears_only_where_environments_do():
         "data.source",
         "evaluate",
         "run.loop",
+        "run.video",
         "train",
     }
 

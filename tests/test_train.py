@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import signal
+import struct
 from pathlib import Path
 
 import chex
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 from toy import CONFIG, make_counting
 
 from valdi_jax import cli
@@ -22,7 +24,7 @@ from valdi_jax.data.source import Environments
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, loop
 from valdi_jax.run import learner as learner_module
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import parse_arguments, train
@@ -55,6 +57,43 @@ def test_a_run_leaves_everything_in_its_directory(straight):
     assert "loss/total" not in records[1]
     assert np.isfinite(records[-1]["loss/total"])
     assert "episode 5/5" in output
+
+
+def events(directory):
+    """The values in TensorBoard's files of a directory: tag -> {step: value}."""
+    found = {}
+    for path in sorted(directory.glob("events.out.tfevents*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value
+    return found
+
+
+def test_tensorboard_has_both_axes_the_options_and_the_video(tmp_path, monkeypatch):
+    config = CONFIG.replace(eval={"every": 2, "episodes": 1, "video": True})
+
+    def film(params, config, path, *, make):
+        path.write_bytes(b"GIF89a" + struct.pack("<HH", 6, 4))
+
+    monkeypatch.setattr(loop, "record_video", film)
+    run(tmp_path / "run", 2, config=config)
+    seen = events(tmp_path / "run")
+    assert seen["eval/video"][1].image.width == 6
+    assert seen["episode/return"].keys() == {0, 1}
+    assert "_hparams_/session_start_info" in seen
+    by_step = events(tmp_path / "run" / "env_steps")
+    assert by_step["env_steps/episode/return"].keys() == {30, 60}
+    assert by_step["env_steps/eval/return"].keys() == {60}
+
+
+def test_a_video_that_cannot_be_recorded_costs_no_training(tmp_path):
+    config = CONFIG.replace(eval={"every": 1, "episodes": 1, "video": True})
+    _, output = run(tmp_path / "run", 1, config=config)  # the environment has no render mode
+    assert "no video" in output
 
 
 def test_every_metric_is_explained(straight):

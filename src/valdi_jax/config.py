@@ -320,6 +320,8 @@ class EvalConfig:
     """Training episodes between evaluations; 0 for none."""
     episodes: Annotated[int, Field(ge=1, le=100)] = 5
     """Episodes per evaluation: the first of 100 fixed reset seeds (CarRacing: tracks)."""
+    video: bool = False
+    """Also record the first of them, to RUN/videos and TensorBoard; it is driven once more."""
 
 
 @_section("checkpoint")

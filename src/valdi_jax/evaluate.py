@@ -5,32 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
 import tyro
-from gymnasium.wrappers import RenderCollection
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
 from valdi_jax import cli, compilation
-from valdi_jax.config import Config, EnvConfig, PlannerConfig, validate
+from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
 from valdi_jax.envs import evaluation_seeds, interface_of, make_env, own_env
-from valdi_jax.envs.workers import LocalPool, make_pool
+from valdi_jax.envs.workers import make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
-from valdi_jax.run.manifest import write_json
+from valdi_jax.run.manifest import check_writable, write_json
+from valdi_jax.run.video import record_video, video_writer
 from valdi_jax.types import Params
-
-_FRAMES_PER_SECOND = 50  # of a video, if the environment does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,81 +116,6 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def record_video(
-    params: Params, config: Config, path: Path, *, make: Callable[..., gym.Env] = make_env
-) -> Rollout:
-    """Record the first episode of `evaluate`.
-
-    Args:
-        params: parameters of all networks.
-        config: the run's configuration.
-        path: of the video, .gif or .mp4.
-        make: called as ``make(config.env, training=False, render_mode="rgb_array")``.
-
-    Raises:
-        UsageError: if the file cannot be written, the optional dependency is missing, or the
-            environment cannot be drawn.
-    """
-    write = _video_writer(path)
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains without a screen
-
-    def filmed(config: EnvConfig, *, training: bool) -> gym.Env:
-        env = make(config, training=training, render_mode="rgb_array")
-        return RenderCollection(env, pop_frames=False, reset_clean=False)
-
-    env = own_env(filmed, config.env, training=False)
-    pool = LocalPool(lambda: env)
-    try:
-        jobs = evaluation_jobs(1)
-        (rollout,) = roll_out(params, pool, jobs, config=config, keep_observations=False)
-    except Exception as error:  # without a screen, MuJoCo raises what it likes
-        raise UsageError(
-            f"the environment cannot be drawn ({type(error).__name__}: {error}); MuJoCo without a "
-            "screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-        ) from error
-    else:
-        fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
-        frames = [np.asarray(frame) for frame in cast(list, env.render())]
-        write(frames, fps / config.env.action_repeat)  # one frame per hold
-        return rollout
-    finally:
-        pool.close()
-
-
-def _video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
-    """A function that writes frames to ``path``, which is checked at once."""
-    if path.suffix not in (".gif", ".mp4"):
-        raise UsageError(f"--video writes .gif or .mp4, not {path.name!r}")
-    _check_writable(path)
-    try:
-        import imageio.v3 as imageio
-    except ImportError:
-        raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
-
-    def write(frames: list[np.ndarray], fps: float) -> None:
-        if path.suffix == ".gif":  # 12 frames a second at half the size keep it small
-            every = max(1, round(fps / 12.5))
-            frames = [frame[::2, ::2] for frame in frames[::every]]
-            imageio.imwrite(path, frames, duration=1000 * every / fps, loop=0)
-        else:
-            # The codec only needs even sides; imageio would scale to multiples of 16.
-            imageio.imwrite(path, np.stack(frames), fps=fps, plugin="FFMPEG", macro_block_size=2)
-
-    return write
-
-
-def _check_writable(path: Path) -> None:
-    """Raise UsageError early if a file cannot be written."""
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-    if not existed:
-        path.unlink()
-
-
 def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAgent]:
     """Parse the command line; the agent's configuration gets the planner options.
 
@@ -235,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
     for each in configs:
         validate(each)
     if arguments.json:
-        _check_writable(arguments.json)
+        check_writable(arguments.json)
     if agent.made_by:
         raise UsageError(
             f"{arguments.run} was trained on environments that {agent.made_by} makes: evaluate it "
@@ -251,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
 
     filmed = []
     if arguments.video:
-        _video_writer(arguments.video)  # raises before anything else is done
+        video_writer(arguments.video)  # raises before anything else is done
         try:
             filmed = [record_video(params, configs[0], arguments.video)]
             score = filmed[0].episode.episode_return

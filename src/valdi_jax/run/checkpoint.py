@@ -12,7 +12,8 @@
     RUN/nonfinite/00000731.npz    the batch of an update whose loss was not finite
     RUN/metrics.jsonl             one line per episode
     RUN/evaluations.jsonl         one line per evaluation
-    RUN/events.out.tfevents.*     TensorBoard
+    RUN/events.out.tfevents.*     TensorBoard; in env_steps/, over environment steps
+    RUN/videos/00000050.gif       the first fixed episode, if eval.video asks for it
     RUN/lock                      held by the process that trains
 
 All randomness derives from the seed and the counters, so there is no other state to save. Damaged

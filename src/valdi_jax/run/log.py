@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from valdi_jax.errors import UsageError
 from valdi_jax.run.manifest import write_atomic
+
+_BY_STEP = ("episode/return", "eval/return")  # in TensorBoard also over environment steps
 
 
 class RunLog:
@@ -28,20 +32,36 @@ class RunLog:
     file becomes ``damaged-NAME``. Such problems are passed to ``say``.
     """
 
-    def __init__(self, run_dir: Path, *, episodes: int, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        episodes: int,
+        env_steps: int = 0,
+        options: dict[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ):
         self._say = say
         self._files = {}
         for name in ("metrics", "evaluations"):
             path = run_dir / f"{name}.jsonl"
             _trim(path, episodes, say)
             self._files[name] = _Lines(path)
-        self._tensorboard = _TensorBoard(run_dir, episodes)
+        # A resumed run purges by position, so that each axis needs its own files.
+        self._tensorboard = (
+            _TensorBoard(run_dir, "episode", episodes, options or {}),
+            _TensorBoard(run_dir / "env_steps", "total/env_steps", env_steps, {}),
+        )
 
     def episode(self, record: dict[str, Any]) -> None:
         self._write("metrics", record)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
+    def evaluation(self, record: dict[str, Any], *, gif: Path | None = None) -> None:
+        """Log an evaluation; ``gif`` is a video of its first episode."""
         self._write("evaluations", record)
+        if gif is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard[0].image(record, "eval/video", gif.read_bytes())
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -49,47 +69,84 @@ class RunLog:
         except OSError as error:
             self._say(f"warning: cannot write {name}.jsonl, will try again: {error.strerror}")
         with contextlib.suppress(OSError):  # a full disk leaves a gap in TensorBoard
-            self._tensorboard.write(record)
+            every, by_step = self._tensorboard
+            every.write(record)
+            step = record["total/env_steps"]
+            named = {f"env_steps/{key}": record[key] for key in _BY_STEP if key in record}
+            by_step.write({"total/env_steps": step} | named)
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._tensorboard.close()
+        for events in self._tensorboard:
+            events.close()
 
 
 class _TensorBoard:
-    """Event files, written at once and in this thread, so that nothing is left to join."""
+    """Event files, written at once and in this thread, so that nothing is left to join.
 
-    def __init__(self, run_dir: Path, episodes: int):
-        self._run_dir, self._files = run_dir, 0
+    ``axis`` is the key of a record's position, ``start`` the position from which a resumed run
+    writes again, ``options`` the run's settings for the HPARAMS page.
+
+    The methods raise OSError if writing fails; the next record starts a new file, because this one
+    may end within an event.
+    """
+
+    def __init__(self, directory: Path, axis: str, start: int, options: dict[str, Any]):
+        self._directory, self._axis, self._options = directory, axis, options
+        self._files = 0
         self._writer: EventsWriter | None = None
-        self._purge: int | None = episodes or None
+        self._purge: int | None = start or None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write every number of a record.
+        """Write every number of a record."""
+        self._events(
+            record,
+            *(
+                summary.scalar(name, float(value))
+                for name, value in record.items()
+                if "/" in name and isinstance(value, (int, float)) and name != self._axis
+            ),
+        )
 
-        Raises:
-            OSError: if that fails; the next record starts a new file, because this one may end
-                within an event.
-        """
+    def image(self, record: dict[str, Any], name: str, gif: bytes) -> None:
+        """Write an animated image."""
+        width, height = struct.unpack("<HH", gif[6:10])
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        self._events(record, Summary(value=[Summary.Value(tag=name, image=image)]))
+
+    def _events(self, record: dict[str, Any], *summaries: Any) -> None:
         try:
-            if self._writer is None:
-                self._files += 1
-                suffix = f".{os.getpid()}.{self._files}"
-                self._writer = EventsWriter(str(self._run_dir / "events"), suffix)
-            if self._purge is not None:  # makes TensorBoard drop what a resumed run writes again
-                start = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(step=self._purge, session_log=start))
-                self._purge = None
-            for name, value in record.items():
-                if "/" in name and isinstance(value, (int, float)):
-                    event = Event(wall_time=time.time(), step=record["episode"])
-                    event.summary.CopyFrom(summary.scalar(name, float(value)))
-                    self._writer.write_event(event)
-            self._writer.flush()
+            for each in [*self._head(), *summaries]:
+                event = Event(wall_time=time.time(), step=record[self._axis], summary=each)
+                self._open().write_event(event)
+            self._open().flush()
         except OSError:
             self.close()
             raise
+
+    def _open(self) -> EventsWriter:
+        if self._writer is None:
+            self._files += 1
+            self._directory.mkdir(exist_ok=True)
+            suffix = f".{os.getpid()}.{self._files}"
+            self._writer = EventsWriter(str(self._directory / "events"), suffix)
+        return self._writer
+
+    def _head(self) -> list[Any]:
+        """What stands at the beginning of a process's events."""
+        if self._purge is not None:  # makes TensorBoard drop what a resumed run writes again
+            start = SessionLog(status=SessionLog.START)
+            self._open().write_event(Event(step=self._purge, session_log=start))
+            self._purge = None
+        options, self._options = self._options, {}
+        if not options:
+            return []
+        table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+        return [
+            *summary.hparams(options, {"episode/return": 0, "eval/return": 0})[:2],
+            summary.text("configuration", f"| option | value |\n|---|---|\n{table}"),
+        ]
 
     def close(self) -> None:
         writer, self._writer = self._writer, None

@@ -29,7 +29,8 @@ from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
 from valdi_jax.run.reporter import Reporter
 from valdi_jax.run.saver import Saver
-from valdi_jax.types import AgentState
+from valdi_jax.run.video import record_video
+from valdi_jax.types import AgentState, Params
 from valdi_jax.updates import init_state, start_from
 
 # What may change on resuming: the length of the run, its reports, and its hardware.
@@ -85,7 +86,11 @@ def train(
                 f"--collect.episodes is {config.collect.episodes}, but the run has collected "
                 f"{progress.episodes} already"
             )
-        reporter = Reporter(run_dir, config, progress, console or Console())
+
+        def film(params: Params, path: Path) -> None:
+            record_video(params, config, path, make=make)
+
+        reporter = Reporter(run_dir, config, progress, console or Console(), film)
         stack.callback(reporter.close)
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):
@@ -142,7 +147,7 @@ def _loop(
             if due(config.eval.every, reporter.evaluated):
                 reporter.phase(f"evaluating on {config.eval.episodes} episodes")
                 with learner.planning() as params:
-                    reporter.evaluation(source.evaluate(params, interrupt))
+                    reporter.evaluation(source.evaluate(params, interrupt), params)
             if due(config.checkpoint.every, saver.attempted):
                 reporter.phase("saving")
                 saver.save()

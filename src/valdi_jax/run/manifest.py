@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from valdi_jax.errors import UsageError
+
 MANIFEST = "manifest.json"
 
 
@@ -121,3 +123,15 @@ def flush(directory: Path, *, recursive: bool = True) -> None:
                 raise
         finally:
             os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError early if a file cannot be written."""
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    if not existed:
+        path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,28 +13,48 @@ import numpy as np
 from rich.console import Console
 
 from valdi_jax import compilation
-from valdi_jax.config import Config
+from valdi_jax.config import Config, leaves, to_dict
 from valdi_jax.data.rollout import Rollout, exploration_noise
 from valdi_jax.data.source import Progress
-from valdi_jax.errors import StoppedError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.run.display import Display
 from valdi_jax.run.log import RunLog, read_jsonl
+from valdi_jax.types import Params
 
 
 class Reporter:
     """Reports to the log and the display, and keeps the seconds in ``progress``.
 
+    ``film(params, path)`` records an episode to a file.
+
     Attributes:
         evaluated: episodes at the last evaluation.
     """
 
-    def __init__(self, run_dir: Path, config: Config, progress: Progress, console: Console):
-        self._config, self._progress = config, progress
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        progress: Progress,
+        console: Console,
+        film: Callable[[Params, Path], None],
+    ):
+        self._run_dir, self._config, self._progress = run_dir, config, progress
+        self._film = film
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
         returns = [record.get("episode/return") or 0.0 for record in records[-20:]]
         self._display = Display(console, config.collect.episodes, progress.episodes, returns)
         self.say, self.phase = self._display.say, self._display.phase
-        self._log = RunLog(run_dir, episodes=progress.episodes, say=self.say)
+        self._log = RunLog(
+            run_dir,
+            episodes=progress.episodes,
+            env_steps=progress.env_steps,
+            options={
+                name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for name, value in leaves(to_dict(config))
+            },
+            say=self.say,
+        )
         evaluations = read_jsonl(run_dir / "evaluations.jsonl")
         self.evaluated = evaluations[-1]["episode"] + 1 if evaluations else 0
         self._begun = time.monotonic() - progress.seconds  # as if the run had never stopped
@@ -129,8 +149,8 @@ class Reporter:
                 )
             )
 
-    def evaluation(self, rollouts: Sequence[Rollout]) -> None:
-        """Report an evaluation."""
+    def evaluation(self, rollouts: Sequence[Rollout], params: Params) -> None:
+        """Report an evaluation of ``params``, with a video if the configuration asks for one."""
         self.evaluated = self._progress.episodes
         returns = [rollout.episode.episode_return for rollout in rollouts]
         self._log.evaluation(
@@ -138,13 +158,27 @@ class Reporter:
                 "episode": self._progress.episodes - 1,
                 "eval/return": float(np.mean(returns)),
                 "eval/length": float(np.mean([len(rollout.episode) for rollout in rollouts])),
+                "total/env_steps": self._progress.env_steps,
                 "returns": returns,
-            }
+            },
+            gif=self._video(params),
         )
         self.say(
             f"evaluation after {self._progress.episodes} episodes: mean return "
             f"{np.mean(returns):.1f} over {len(returns)}"
         )
+
+    def _video(self, params: Params) -> Path | None:
+        if not self._config.eval.video:
+            return None
+        path = self._run_dir / "videos" / f"{self._progress.episodes:08d}.gif"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self._film(params, path)
+        except (UsageError, OSError) as reason:
+            self.say(f"warning: no video: {reason}")
+            return None
+        return path
 
     def close(self) -> None:
         self._log.close()
