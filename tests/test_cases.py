@@ -32,6 +32,7 @@ from valdi_jax.envs.workers import Stepper, WorkerPool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.networks.normalizer import init_normalizer, merge
 from valdi_jax.run import checkpoint
+from valdi_jax.run.display import Display
 from valdi_jax.run.learner import Learner
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import parse_arguments, train
@@ -188,6 +189,21 @@ def test_a_reader_gets_the_next_checkpoint_where_a_run_has_replaced_one(run, mon
 
     monkeypatch.setattr(checkpoint, "read_params", replaced)
     assert set(agent.load()) == {"encoder", "dynamics", "reward", "value"}
+
+
+def test_a_listing_leaves_out_what_a_run_deletes_meanwhile(run, monkeypatch, capsys):
+    first, second = checkpoint.checkpoints(run)[0], run / "checkpoints" / "00000009"
+    shutil.copytree(first, second)
+    verify = command.verify
+
+    def deleting(path):
+        if path == second:
+            shutil.rmtree(second)
+        return verify(path)
+
+    monkeypatch.setattr(command, "verify", deleting)
+    assert command.main([str(run)]) == 0
+    assert "damaged" not in capsys.readouterr().out
 
 
 def test_a_run_of_an_environment_of_ones_own_is_not_scored_on_another(run):
@@ -557,6 +573,16 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
     assert checkpoint.latest(tmp_path / "run").name == "00000006"
 
 
+def test_what_a_run_was_doing_does_not_stay_on_the_screen():
+    file = io.StringIO()
+    with Display(Console(force_terminal=True, file=file), 5, 0, []) as display:
+        display.phase("learning: 3 updates")
+        display._live.refresh()
+    *_, last = file.getvalue().split("┏")  # the table's last version
+    assert "learning" in file.getvalue()
+    assert "learning" not in last
+
+
 def test_a_full_disk_leaves_nothing_that_the_exit_waits_for(tmp_path, monkeypatch):
     from tensorboardX.event_file_writer import EventsWriter
 
@@ -579,9 +605,9 @@ def test_a_run_with_64_bit_jax_is_resumed_with_and_without_it(run):
 
 
 def test_a_replay_larger_than_the_memory_is_warned_of_at_the_start(tmp_path, monkeypatch):
-    few = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}
+    few = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 1024}
     monkeypatch.setattr(os, "sysconf", few.__getitem__)
-    _, output = go(tmp_path / "run", config=CONFIG.replace(replay={"capacity": 1000}))
+    _, output = go(tmp_path / "run")
     assert "--replay.capacity" in output
 
 

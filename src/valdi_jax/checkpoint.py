@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -85,21 +86,31 @@ def main(argv: Sequence[str]) -> int:
     print(f"{'episodes':>8} {'updates':>8} {'MB':>7}  content SHA-256")
     problems = []
     for path in checkpoints(run_dir):
-        damage = verify(path)
-        if not damage:
-            damage = list(verify_replay(run_dir, path).values())
-        try:
-            manifest = read_signed(path / MANIFEST)
-            updates, content = manifest["updates"], manifest["content"]
-        except (ValueError, KeyError):
-            updates, content = "?", "?"
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
-        state = "  damaged" if damage else ""
-        print(f"{int(path.name):>8} {updates:>8} {size:>7.1f}  {content}{state}")
-        problems += damage
+        for _ in range(2):  # again, if a run under way has replaced it meanwhile
+            line, damage = _look(run_dir, path)
+            if not damage or not path.exists():
+                break
+        if path.exists():
+            print(line)
+            problems += damage
     for sentence in dict.fromkeys(problems):
         print(sentence)
     return 1 if problems else 0
+
+
+def _look(run_dir: Path, path: Path) -> tuple[str, list[str]]:
+    """A line about a checkpoint, and what is wrong with it."""
+    damage = []
+    try:
+        damage = verify(path) or list(verify_replay(run_dir, path).values())
+        manifest = read_signed(path / MANIFEST)
+        updates, content = manifest["updates"], manifest["content"]
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+    except (OSError, ValueError, KeyError) as error:
+        updates, content, size = "?", "?", math.nan
+        damage = damage or [f"{path} is damaged: {error}"]
+    state = "  damaged" if damage else ""
+    return f"{int(path.name):>8} {updates:>8} {size:>7.1f}  {content}{state}", damage
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPEAT = 0.5  # seconds in which `timeout` and shells may send the same signal twice
 _STOPPING = (
-    b"\nstopping after the step under way (the first ones compile for a while); "
-    b"a second signal exits at once and saves nothing\n"
+    "stopping after the step under way (the first ones compile for a while); "
+    "a second signal exits at once and saves nothing"
 )
 
 
@@ -99,9 +99,6 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
     def handle(signum, frame):
         received.append(signum)
-        if len(received) == 1:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, _STOPPING)
 
     def check() -> None:
         if received:
@@ -119,6 +116,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
                 continue
             if first is None:
                 first = time.monotonic()
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(_STOPPING, file=sys.stderr, flush=True)  # above a live display
             elif time.monotonic() - first > _REPEAT:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides

@@ -31,6 +31,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.phase("")  # what it was doing is over
         if self._console.is_terminal:
             self._live.stop()
 
@@ -81,6 +82,6 @@ class Display:
 
     def _table(self) -> Table:
         columns = self._columns() if self._record else [("episode", f"{self._done}/{self._total}")]
-        table = Table(*(name for name, _ in columns), caption=self._phase)
+        table = Table(*(name for name, _ in columns), caption=self._phase or None)
         table.add_row(*(value for _, value in columns))
         return table
