@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,7 +185,7 @@ def config_from_reference(settings: Mapping[str, Any]) -> Config:
         },
         "learn": {"discount": "gamma", "learning_rate": "lr"},
     }
-    dynamics = settings.get("dynamics_type", "diffusion")
+    dynamics = str(settings.get("dynamics_type", "diffusion"))
     DYNAMICS[dynamics]
     sections = {}
     for section, names in ours.items():
@@ -193,10 +194,12 @@ def config_from_reference(settings: Mapping[str, Any]) -> Config:
         for name, theirs in names.items():
             kind = type(getattr(defaults, name))
             value = settings.get(theirs, getattr(defaults, name))
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise UsageError(f"setting {theirs!r} of the checkpoint is {value!r}, not a number")
-            if kind is int and value != int(value):
-                raise UsageError(f"setting {theirs!r} of the checkpoint is {value}, not an integer")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not abs(value) < 1e9 or kind(value) != value:
+                wanted = "an integer" if kind is int else "a number"
+                raise UsageError(
+                    f"setting {theirs!r} of the checkpoint is {reprlib.repr(value)}, not {wanted}"
+                )
             values[name] = kind(value)
         sections[section] = dataclasses.replace(defaults, **values)
     model_config = dataclasses.replace(sections["model"], dynamics=dynamics)
@@ -238,7 +241,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], Config]:
         if not isinstance(tensor, torch.Tensor) or name == "alphas_cumprod":
             continue
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not dense or not tensor.dtype.is_floating_point:
+        # Repeated by a stride of 0, a small file could ask for any amount of memory.
+        dense = (
+            dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        )
+        if not dense or not tensor.dtype.is_floating_point or not isinstance(name, str):
             raise UsageError(
                 f"{path}: {name!r} is no dense tensor of real numbers ({tensor.dtype})"
             )
