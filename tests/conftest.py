@@ -24,6 +24,7 @@ from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS
 from valdi_jax.types import Batch, Draws
 
+FAULTS: dict[str, dict[str, int]] = {}  # outcomes by fault, from test_faults.py
 PARITY = Path(__file__).parent / "parity"
 
 
@@ -40,6 +41,14 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of faults (docs/reliability.md)."""
+    for fault, outcomes in FAULTS.items():
+        terminalreporter.write_line(
+            f"{fault:<28}" + "  ".join(f"{name} {times}" for name, times in outcomes.items())
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,20 +1,36 @@
-"""Train on the toy environment in its own process: python train_toy.py RUN EPISODES."""
+"""Train on the toy environment in its own process: python train_toy.py RUN EPISODES [WAY]."""
 
 import dataclasses
-import sys
+import os
 from pathlib import Path
 
+from rich.console import Console
 from toy import CONFIG, make_counting
 
+from valdi_jax import cli
 from valdi_jax.train import train
 
-if __name__ == "__main__":
-    directory, episodes = Path(sys.argv[1]), int(sys.argv[2])
+WAYS = {
+    "plain": {},
+    "workers": {"collect": {"num_envs": 2}},
+    "overlap": {"collect": {"num_envs": 2, "overlap": True}},
+    "device": {"replay": {"placement": "device"}},
+}
+
+
+def main(arguments):
+    directory, episodes, way = Path(arguments[0]), int(arguments[1]), [*arguments[2:], "plain"][0]
     config = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, every=0))
     config = config.replace(
         collect={"episodes": episodes},
         checkpoint={"every": 1, "keep": 2},
         replay={"capacity": 5},  # so that the ring is full for most of the run
     )
+    config = config.replace(**WAYS[way])
+    config = config.replace(collect={"worker_timeout": float(os.environ.get("TOY_TIMEOUT", "60"))})
     resume = (directory / "config.json").exists()
-    train(config, directory, resume=resume, make=make_counting)
+    train(config, directory, resume=resume, make=make_counting, console=Console(width=200))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -219,6 +220,7 @@ def save(
     counters = dataclasses.replace(progress, seconds=0.0)  # time is not part of the content
     content = (state.acting, training, dataclasses.asdict(counters), sorted(replay.items()))
     try:
+        _check_space(partial, state)
         _save_tree(partial / "params", state.acting)
         _save_tree(partial / "training", training)
         write_json(partial / "progress.json", dataclasses.asdict(progress))
@@ -722,6 +724,13 @@ def _training_tree(state: AgentState) -> dict[str, Any]:
         "key": jax.random.key_data(state.key),
     }
     return tree if state.average is None else tree | {"params": state.params}
+
+
+def _check_space(directory: Path, state: AgentState) -> None:
+    """Raise OSError where there is no room, because Orbax fails with pages of tracebacks."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if shutil.disk_usage(directory).free < 2 * size + 2**20:  # Orbax may write a file twice
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def _save_tree(path: Path, tree: Any) -> None:
