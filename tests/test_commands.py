@@ -95,14 +95,24 @@ def test_the_pytorch_benchmark_times_the_same_networks():
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["plan", "update"]
 
 
-def test_compiled_programs_are_kept_for_accelerators_only(monkeypatch, tmp_path):
+@pytest.mark.parametrize("rejected", [False, True])
+def test_compiled_programs_are_kept_where_they_work(monkeypatch, tmp_path, rejected):
     kept = {}
     monkeypatch.setattr(jax.config, "update", kept.__setitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    compilation.cache_compilations()
-    assert kept == {}
+    if rejected:
+        answers = iter([("8.0 False", ""), ("8.0 True", "Target machine feature is missing\n")])
+        monkeypatch.setattr(
+            subprocess,
+            "run",
+            lambda command, **_: subprocess.CompletedProcess(command, 0, *next(answers)),
+        )
+    for _ in range(2):  # the verdict of the first call holds for the second
+        compilation.cache_compilations()
+        assert [Path(path).parent.name for path in kept.values()] == ["valdi-jax"] * (not rejected)
+    kept.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compilation.cache_compilations()
     assert kept == {"jax_compilation_cache_dir": str(tmp_path / "valdi-jax")}

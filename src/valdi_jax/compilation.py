@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import jaxlib
 from jax import monitoring
 
 
@@ -13,16 +19,61 @@ def cache_compilations() -> None:
     """Cache compiled programs on disk, so that the next start need not compile them again.
 
     The cache lies in the user's cache directory. ``JAX_COMPILATION_CACHE_DIR`` takes precedence;
-    JAX reads it itself, on every backend. CPUs get no cache by default: on some, jaxlib rejects its
-    own cached programs and logs an error for each (docs/decisions.md).
+    JAX reads it itself, on every backend. On some CPUs jaxlib rejects its own cached programs with
+    an error for each (docs/decisions.md), so that a trial decides, once for each CPU and jaxlib.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.default_backend() == "cpu":
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "valdi-jax"
     except RuntimeError:  # no home
         return
-    jax.config.update("jax_compilation_cache_dir", str(base / "valdi-jax"))
+    if jax.default_backend() == "cpu":
+        base = base / f"cpu-{_cpu()}-{jaxlib.__version__}"
+        if not _keeps_programs(base):
+            return
+    jax.config.update("jax_compilation_cache_dir", str(base))
+
+
+_TRIAL = """
+import sys, jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
+print(jax.jit(lambda x: jax.numpy.tanh(x @ x.T).sum())(jax.numpy.ones((64, 16))), any(hits))
+"""
+
+
+def _keeps_programs(directory: Path) -> bool:
+    """Whether this CPU can run programs from the cache: tried once, then read from a file."""
+    verdict = directory / "verdict"
+    try:
+        return verdict.read_text() == "yes"
+    except OSError:
+        pass
+    print("trying once whether compiled programs can be kept on this CPU", file=sys.stderr)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _TRIAL, str(directory / "trial")]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)
+    )
+    quiet = second.stderr.count("\n") <= first.stderr.count("\n")
+    works = [*first.stdout.split()[:1], "True"] == second.stdout.split() and quiet
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        verdict.write_text("yes" if works else "no")
+    return works
+
+
+def _cpu() -> str:
+    """A name for the kind of this CPU: a home may be shared by several machines."""
+    about = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        about += next((line for line in lines if line.startswith("flags")), "")
+    return hashlib.sha256(about.encode()).hexdigest()[:8]
 
 
 def compile_cost() -> tuple[float, int]:

@@ -145,7 +145,7 @@ class Reporter:
                 + (
                     f"{spared} programs came from the cache"
                     if cached
-                    else "where JAX_COMPILATION_CACHE_DIR is set, the next start need not"
+                    else "no cache: the next start compiles again"
                 )
             )
 
