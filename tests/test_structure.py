@@ -21,7 +21,7 @@ ORDER = [
     *("envs", "data.rollout", "data.source", "cli", "compilation"),
     *("run", "run.manifest", "run.agents", "run.checkpoint", "run.video", "run.learner"),
     *("run.log", "run.display", "run.reporter", "run.saver", "run.loop"),
-    *("train", "evaluate", "checkpoint", "convert"),
+    *("train", "evaluate", "agent", "checkpoint", "convert"),
 ]
 
 
@@ -56,6 +56,7 @@ def test_modules_import_only_from_those_above_them():
 def test_gymnasium_appears_only_where_environments_do():
     users = {name for name, path in modules() if "gymnasium" in set(imports(path))}
     assert users <= {
+        "agent",
         "envs",
         "envs.carracing",
         "envs.carracing_render",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from valdi_jax.agent import Agent
     from valdi_jax.config import Config
     from valdi_jax.model import encode, imagine, init_params, reward, value
     from valdi_jax.observation import Observation
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Loaded lazily, so that processes which only step environments need no JAX.
 _HOMES = {
+    "agent": ("Agent",),
     "config": ("Config",),
     "model": ("encode", "imagine", "init_params", "reward", "value"),
     "observation": ("Observation",),
@@ -31,6 +33,7 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
+    "Agent",
     "AgentState",
     "Batch",
     "Config",

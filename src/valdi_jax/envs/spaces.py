@@ -107,6 +107,16 @@ class Interface:
             self._warn_of_lost_resolution(parts)
         return Observation(image=image, vector=vector)
 
+    def count(self, observation: Any) -> int | None:
+        """How many observations there are along a leading axis; None for one without such."""
+        name, box = next(iter(self._boxes.items()))
+        if self._named:
+            if not isinstance(observation, dict) or name not in observation:
+                return None
+            observation = observation[name]
+        shape = np.shape(observation)
+        return shape[0] if shape[1:] == box.shape and len(shape) == len(box.shape) + 1 else None
+
     def _warn_of_lost_resolution(self, parts: dict[str, np.ndarray]) -> None:
         for name in self._vectors:
             part = parts[name]

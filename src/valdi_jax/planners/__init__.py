@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from valdi_jax import model
 from valdi_jax.config import Config
+from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.planners import cem, icem, mppi
 from valdi_jax.planners.base import Planner, Problem, correlated_normal
@@ -58,7 +59,8 @@ def plan(
     Returns: the plan; execute its first C actions, then plan again.
 
     Raises:
-        UsageError: if the planner or the dynamics is unknown.
+        UsageError: if the planner or the dynamics is unknown, or naming an argument that does not
+            fit; it is checked once for each compilation.
     """
     return _plan(params, obs, key, noise_std, carry, config=config.graph)
 
@@ -73,6 +75,7 @@ def _plan(
     *,
     config: Config,
 ) -> Plan:
+    _check_arguments(params, obs, key, noise_std)
     settings = config.planner
     planner = PLANNERS[settings.kind]
     noise_shape = (config.model.horizon, config.model.latent_dim)
@@ -108,6 +111,31 @@ def _plan(
         std=hold(found.std, settings.action_hold),
         carry=carry,
     )
+
+
+def _check_arguments(params: Any, obs: Any, key: Any, noise_std: Any) -> None:
+    if not isinstance(params, dict) or "encoder" not in params:
+        raise UsageError("params are not those of all networks: give AgentState.params")
+    if not isinstance(obs, Observation):
+        kind = type(obs).__name__ if isinstance(obs, dict) else "an array"
+        raise UsageError(f"obs is {kind}: give Observation(image=..., vector=...)")
+    for name, axes in (("image", 3), ("vector", 1)):
+        value = getattr(obs, name)
+        if value is None:
+            continue
+        if value.ndim == axes + 1:
+            raise UsageError(
+                f"obs.{name} has a batch axis ({value.shape}): jax.vmap plans for several"
+            )
+        if value.ndim != axes:
+            raise UsageError(f"obs.{name} has the shape {value.shape}, not {axes} axes")
+    if obs.image is not None and obs.image.dtype != jnp.uint8:
+        raise UsageError(f"obs.image is {obs.image.dtype}: give uint8 from 0 to 255")
+    old = key.dtype == jnp.uint32 and key.shape == (2,)
+    if not old and (not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape):
+        raise UsageError("key is not a PRNG key: give jax.random.key(seed)")
+    if jnp.ndim(noise_std):
+        raise UsageError(f"noise_std has the shape {jnp.shape(noise_std)}: give one number")
 
 
 def hold(sequences: Array, steps: int) -> Array:
