@@ -11,6 +11,7 @@ from toy import Counting
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs import evaluation_seeds, interface_of, make_env
 from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
 from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
 from valdi_jax.errors import StoppedError, UsageError
@@ -415,3 +416,44 @@ def test_skipped_frames_do_not_change_drawn_ones(max_steps):
         np.testing.assert_array_equal(one.observations[-1].vector, kept.vector)
     assert other.truncated
     np.testing.assert_array_equal(whole.reset(4).image, last.reset(4).image)
+
+
+def test_a_task_of_the_control_suite_is_made_by_its_name():
+    pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
+    config = EnvConfig(name="dmc:cup-catch", max_steps=0, action_repeat=2)
+    env = make_env(config, training=True)
+    interface = Interface(env.observation_space, env.action_space)
+    assert interface.example.vector.shape == (8,)
+    assert interface.action_dim == 2
+    seen = []
+    for _ in range(2):
+        observation, _ = env.reset(seed=3)
+        seen.append(interface.observe(observation).vector)
+    np.testing.assert_array_equal(*seen)
+    steps, over = 0, False
+    while not over:
+        _, reward, terminated, truncated, _ = env.step(env.action_space.high)
+        steps, over = steps + 1, terminated or truncated
+        assert 0 <= reward <= 2
+    assert steps == 500
+    assert not terminated
+    with pytest.raises(UsageError, match="did you mean dmc:cheetah-run"):
+        make_env(EnvConfig(name="dmc:cheetah-runn"), training=True)
+
+
+def test_a_task_of_the_control_suite_is_seen_in_pixels():
+    pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
+    config = EnvConfig(name="dmc:cartpole-swingup", max_steps=20, pixels=64)
+    try:
+        env = make_env(config, training=True)
+        observation, _ = env.reset(seed=0)
+    except Exception as reason:
+        pytest.skip(f"nothing can be rendered here: {reason}")
+    interface = Interface(env.observation_space, env.action_space)
+    image = interface.observe(observation).image
+    assert image.shape == (64, 64, 9)
+    assert image.std() > 5
+    observation, *_ = env.step(np.ones(1))
+    later = interface.observe(observation).image
+    np.testing.assert_array_equal(later[..., :6], image[..., 3:])
+    assert np.any(later[..., 6:] != image[..., 6:])

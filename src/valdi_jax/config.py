@@ -76,7 +76,8 @@ class EnvConfig:
 
     name: Annotated[str, tyro.conf.arg(name="env", prefix_name=False, metavar="NAME")] = "carracing"
     """Environment to train on: carracing, pendulum, mountaincar, lunarlander, bipedalwalker,
-    bipedalwalker-hardcore, or gym:ID for any environment registered with Gymnasium."""
+    bipedalwalker-hardcore, dmc:DOMAIN-TASK of the DeepMind Control Suite (extra dmc), or gym:ID for
+    any environment registered with Gymnasium."""
     max_steps: Natural = 600
     """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
     action_repeat: Count = 1
@@ -90,6 +91,11 @@ class EnvConfig:
     faster to render and a third to store, but training segments then start at decisions only."""
     downsample: Count = 1
     """CarRacing: average each frame over pixel blocks of this side; 2 makes frames 48 x 48."""
+    pixels: Natural = 0
+    """DeepMind Control: side of the images to observe instead of the states, such as 64; 0 for the
+    states."""
+    frames: Count = 3
+    """DeepMind Control from pixels: successive images in an observation."""
 
 
 @_section("model")

@@ -149,6 +149,15 @@ PRESETS: dict[str, Config] = {
         collect={"episodes": 100, "noise_decay": 100},
         eval={"every": 50, "episodes": 20},
     ),
+    # As TD-MPC2: actions held for two steps, 500 decisions an episode.
+    "dmc": _VECTOR.replace(
+        env={"name": "dmc:cartpole-swingup", "action_repeat": 2},
+        model={"latent_dim": 64},
+        learn={"updates_per_step": 0.5, "reward_scale": 0.1},
+        collect={"episodes": 200, "noise_hold": 20, "noise_decay": 50},
+        replay={"capacity": 1000},
+        eval={"every": 50, "episodes": 10},
+    ),
     "bipedalwalker": _WALKER,
     "bipedalwalker-hardcore": _WALKER.replace(env={"name": "bipedalwalker-hardcore"}),
 }
@@ -164,7 +173,8 @@ def default_config(env: str | None, preset: str | None) -> Config:
         raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     if env is None:
         env = "carracing" if preset is None else PRESETS[preset].env.name
-    suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(env, PRESETS["gym"])
+    named = env if env in PRESETS else env.partition(":")[0]
+    suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(named, PRESETS["gym"])
     if preset is None:
         return suited.replace(env={"name": env})
     config = PRESETS[preset]

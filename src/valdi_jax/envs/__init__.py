@@ -12,6 +12,7 @@ import numpy as np
 
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
+from valdi_jax.envs.dmc import make_dmc
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.wrappers import Limited, paced
 from valdi_jax.errors import UsageError
@@ -41,6 +42,14 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
         )
     if config.name in _NAMED:
         env = _NAMED[config.name](max_steps=config.max_steps, render_mode=render_mode)
+    elif config.name.startswith("dmc:"):
+        env = make_dmc(
+            config.name.removeprefix("dmc:"),
+            max_steps=config.max_steps,
+            pixels=config.pixels,
+            frames=config.frames,
+            render_mode=render_mode,
+        )
     elif config.name.startswith("gym:"):
         env = make_registered(
             config.name.removeprefix("gym:"), max_steps=config.max_steps, render_mode=render_mode
