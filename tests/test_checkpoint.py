@@ -58,6 +58,12 @@ def test_who_acts_with_an_average_is_evaluated_with_it(run):
     chex.assert_trees_all_equal(restored.params, state.params)
     chex.assert_trees_all_equal(restored.average, state.average)
     chex.assert_trees_all_equal(checkpoint.load_params(path, EXAMPLE, config), state.average)
+    without, _ = checkpoint.load(path, EXAMPLE, CONFIG)  # the option was switched off
+    assert without.average is None
+    chex.assert_trees_all_equal(without.params, state.params)
+    path = checkpoint.save(run, without, Progress(episodes=8), keep=2, replay={})
+    again, _ = checkpoint.load(path, EXAMPLE, config)
+    chex.assert_trees_all_equal(again.average, state.params)
 
 
 def test_only_the_newest_checkpoints_are_kept(run, state):

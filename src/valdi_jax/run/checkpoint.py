@@ -557,13 +557,18 @@ def load_params(checkpoint: Path, observation: Observation, config: Config) -> P
 def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[AgentState, Progress]:
     """A whole checkpoint, to resume training.
 
+    An average begins at the parameters, if the run began without one.
+
     Raises:
         UsageError: if its shapes differ, or it holds parameters only.
     """
     if not (checkpoint / "training").is_dir():
         raise UsageError(f"{checkpoint} holds parameters only: it can be evaluated, not resumed")
+    with ocp.StandardCheckpointer() as checkpointer:
+        averaged = "params" in _stored(checkpointer, checkpoint / "training")
+    begun_with = config.replace(learn={"average": float(averaged)})
     template = jax.eval_shape(
-        lambda key: init_state(key, observation, config=config), jax.random.key(0)
+        lambda key: init_state(key, observation, config=begun_with), jax.random.key(0)
     )
     acting = load_params(checkpoint, observation, config)
     training = _load_tree(checkpoint / "training", jax.eval_shape(_training_tree, template))
@@ -573,7 +578,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
         optimizer=training["optimizer"],
         step=training["step"],
         key=jax.random.wrap_key_data(training["key"]),
-        average=acting if "params" in training else None,
+        average=jax.tree.map(jnp.copy, acting) if config.learn.average else None,
     )
     return state, _load_progress(checkpoint / "progress.json")
 
@@ -749,10 +754,7 @@ def _load_tree(path: Path, template: Any) -> Any:
     Without a template, restore the stored nested dict.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path.absolute()).item_metadata.tree
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+        stored = _stored(checkpointer, path)
         if template is None:
             template = stored
         else:
@@ -767,6 +769,14 @@ def _load_tree(path: Path, template: Any) -> Any:
             return checkpointer.restore(path.absolute(), template)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def _stored(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
+    """Shapes of the tree on disk."""
+    try:
+        return checkpointer.metadata(path.absolute()).item_metadata.tree
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
 
 
 def _check_fit(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
