@@ -30,7 +30,13 @@ WAYS = ("plain", "workers", "overlap", "device")
 def start(directory, way="plain", **options):
     command = [sys.executable, HERE / "train_toy.py", directory, str(EPISODES), way]
     with open(directory.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, **options)
+        return subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_heed, **options)
+
+
+def _heed():
+    """In the background, shells have their children ignore signals."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def finish(directory, way="plain"):

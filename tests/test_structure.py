@@ -19,7 +19,15 @@ ORDER = [
     *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.dmc", "envs.spaces"),
     *("envs.workers", "envs", "data.rollout", "data.source", "cli", "compilation"),
-    *("run", "run.manifest", "run.agents", "run.checkpoint", "run.video", "run.learner"),
+    *(
+        "run",
+        "run.manifest",
+        "run.agents",
+        "run.checkpoint",
+        "run.video",
+        "run.wandb",
+        "run.learner",
+    ),
     *("run.log", "run.display", "run.reporter", "run.saver", "run.loop"),
     *("train", "evaluate", "agent", "checkpoint", "convert"),
 ]

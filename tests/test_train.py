@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import chex
@@ -27,7 +28,7 @@ from valdi_jax.presets import PRESETS
 from valdi_jax.run import checkpoint, loop
 from valdi_jax.run import learner as learner_module
 from valdi_jax.run.log import read_jsonl
-from valdi_jax.train import parse_arguments, train
+from valdi_jax.train import main, parse_arguments, train
 
 
 def run(directory, episodes, resume=False, config=CONFIG, make=make_counting):
@@ -88,6 +89,32 @@ def test_tensorboard_has_both_axes_the_options_and_the_video(tmp_path, monkeypat
     by_step = events(tmp_path / "run" / "env_steps")
     assert by_step["env_steps/episode/return"].keys() == {30, 60}
     assert by_step["env_steps/eval/return"].keys() == {60}
+
+
+def test_a_program_gets_every_record_as_it_is_written(tmp_path):
+    seen = []
+    config = CONFIG.replace(collect={"episodes": 4})
+    train(
+        config,
+        tmp_path / "run",
+        make=make_counting,
+        console=Console(quiet=True),
+        on_record=lambda record: seen.append(record),
+    )
+    for name, key in (("metrics", "episode/return"), ("evaluations", "eval/return")):
+        written = read_jsonl(tmp_path / "run" / f"{name}.jsonl")
+        assert [record for record in seen if key in record] == written
+
+
+def test_records_go_to_weights_and_biases(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", sent)
+    with pytest.raises(AttributeError, match="init"):  # only now is it asked for
+        main(["--env", "pendulum", "--log", "wandb", "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"valdi-jax\[wandb\]"):
+        main(["--env", "pendulum", "--log", "wandb", "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_video_that_cannot_be_recorded_costs_no_training(tmp_path):

@@ -29,7 +29,11 @@ def main(arguments):
     config = config.replace(**WAYS[way])
     config = config.replace(collect={"worker_timeout": float(os.environ.get("TOY_TIMEOUT", "60"))})
     resume = (directory / "config.json").exists()
-    train(config, directory, resume=resume, make=make_counting, console=Console(width=200))
+    try:
+        train(config, directory, resume=resume, make=make_counting, console=Console(width=200))
+    except cli.Interrupted:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

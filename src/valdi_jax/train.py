@@ -5,12 +5,13 @@ Training code is imported lazily, because environment processes import this modu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
@@ -43,6 +44,8 @@ class Arguments:
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
     """Start a new run from the parameters of a run, a checkpoint, an exported agent or a bundled
     one; without --preset, with its settings as well."""
+    log: tuple[Literal["wandb"], ...] = ()
+    """Where to log besides the run directory: wandb (Weights & Biases, extra wandb)."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -54,6 +57,7 @@ def train(
     init_from: Path | None = None,
     make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
+    on_record: Callable[[dict[str, Any]], object] | None = None,
 ) -> AgentState:
     """Train until ``config.collect.episodes`` episodes are collected.
 
@@ -65,6 +69,8 @@ def train(
         make: called as ``make(config.env, training=True)`` for training and with ``training=False``
             for evaluation; must be picklable if there are several environments.
         console: where progress is shown.
+        on_record: called with each record of ``metrics.jsonl`` and ``evaluations.jsonl``, as it is
+            written (docs/metrics.md).
 
     Returns: the trained agent.
 
@@ -77,7 +83,13 @@ def train(
     from valdi_jax.run import loop
 
     return loop.train(
-        config, run_dir, make=make, resume=resume, init_from=init_from, console=console
+        config,
+        run_dir,
+        make=make,
+        resume=resume,
+        init_from=init_from,
+        console=console,
+        on_record=on_record,
     )
 
 
@@ -138,15 +150,22 @@ def main(argv: Sequence[str]) -> int:
         or arguments.run_dir
         or Path("runs") / f"{arguments.config.env.name.replace(':', '-').replace('/', '-')}-{stamp}"
     )
-    try:
-        train(
-            arguments.config,
-            run_dir,
-            resume=arguments.resume is not None,
-            init_from=arguments.init_from,
-        )
-    except cli.Interrupted:
-        return 130
+    with contextlib.ExitStack() as stack:
+        on_record = None
+        if "wandb" in arguments.log:
+            from valdi_jax.run.wandb import WandB
+
+            on_record = stack.enter_context(WandB(run_dir, arguments.config))
+        try:
+            train(
+                arguments.config,
+                run_dir,
+                resume=arguments.resume is not None,
+                init_from=arguments.init_from,
+                on_record=on_record,
+            )
+        except cli.Interrupted:
+            return 130
     return 0
 
 

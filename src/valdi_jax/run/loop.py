@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import jax
@@ -48,6 +49,7 @@ def train(
     resume: bool = False,
     init_from: Path | None = None,
     console: Console | None = None,
+    on_record: Callable[[dict[str, Any]], object] | None = None,
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
     if resume:
@@ -90,7 +92,7 @@ def train(
         def film(params: Params, path: Path) -> None:
             record_video(params, config, path, make=make)
 
-        reporter = Reporter(run_dir, config, progress, console or Console(), film)
+        reporter = Reporter(run_dir, config, progress, console or Console(), film, on_record)
         stack.callback(reporter.close)
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):

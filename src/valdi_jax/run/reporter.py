@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ from valdi_jax.types import Params
 class Reporter:
     """Reports to the log and the display, and keeps the seconds in ``progress``.
 
-    ``film(params, path)`` records an episode to a file.
+    ``film(params, path)`` records an episode to a file; ``on_record`` is called with each record
+    that was logged.
 
     Attributes:
         evaluated: episodes at the last evaluation.
@@ -38,7 +40,9 @@ class Reporter:
         progress: Progress,
         console: Console,
         film: Callable[[Params, Path], None],
+        on_record: Callable[[dict[str, Any]], object] | None = None,
     ):
+        self._on_record = on_record or (lambda record: None)
         self._run_dir, self._config, self._progress = run_dir, config, progress
         self._film = film
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
@@ -136,6 +140,7 @@ class Reporter:
             }
             self._log.episode(record)
             self._display.episode(record)
+            self._on_record(record)
         if updates and not self._compiled:
             self._compiled = True
             seconds, spared = compilation.compile_cost()
@@ -153,16 +158,15 @@ class Reporter:
         """Report an evaluation of ``params``, with a video if the configuration asks for one."""
         self.evaluated = self._progress.episodes
         returns = [rollout.episode.episode_return for rollout in rollouts]
-        self._log.evaluation(
-            {
-                "episode": self._progress.episodes - 1,
-                "eval/return": float(np.mean(returns)),
-                "eval/length": float(np.mean([len(rollout.episode) for rollout in rollouts])),
-                "total/env_steps": self._progress.env_steps,
-                "returns": returns,
-            },
-            gif=self._video(params),
-        )
+        record = {
+            "episode": self._progress.episodes - 1,
+            "eval/return": float(np.mean(returns)),
+            "eval/length": float(np.mean([len(rollout.episode) for rollout in rollouts])),
+            "total/env_steps": self._progress.env_steps,
+            "returns": returns,
+        }
+        self._log.evaluation(record, gif=self._video(params))
+        self._on_record(record)
         self.say(
             f"evaluation after {self._progress.episodes} episodes: mean return "
             f"{np.mean(returns):.1f} over {len(returns)}"
