@@ -1,6 +1,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -9,13 +11,14 @@ from conftest import PARITY
 from toy import Counting
 
 from valdi_jax.config import EnvConfig
-from valdi_jax.envs import evaluation_seeds, interface_of, make_env
+from valdi_jax.envs import evaluation_seeds, import_modules, interface_of, make_env
 from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
 from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.observation import Observation
+from valdi_jax.train import parse_arguments
 
 
 @pytest.fixture(scope="module")
@@ -457,3 +460,27 @@ def test_a_task_of_the_control_suite_is_seen_in_pixels():
     later = interface.observe(observation).image
     np.testing.assert_array_equal(later[..., :6], image[..., 3:])
     assert np.any(later[..., 6:] != image[..., 6:])
+
+
+def test_a_module_that_registers_environments_is_imported_on_request(tmp_path, monkeypatch):
+    (tmp_path / "registers_mine.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "gymnasium.register('Mine-v0', PendulumEnv, max_episode_steps=50)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VALDI_JAX_IMPORT", "")
+    config = EnvConfig(name="gym:Mine-v0", max_steps=0)
+    with pytest.raises(UsageError, match="Mine"):
+        make_env(config, training=True)
+    arguments = parse_arguments(["--env", "gym:Mine-v0", "--env.import", "registers_mine"])
+    import_modules(arguments.imports)
+    assert make_env(config, training=True).spec.max_episode_steps == 50
+    code = (
+        "from valdi_jax.config import EnvConfig; from valdi_jax.envs import make_env\n"
+        "make_env(EnvConfig(name='gym:Mine-v0', max_steps=0), training=True)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # as a worker process
+    with pytest.raises(UsageError, match=r"--env\.import: cannot import 'no_such_module'"):
+        import_modules(["no_such_module"])

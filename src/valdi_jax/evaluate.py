@@ -20,7 +20,13 @@ from valdi_jax import cli, compilation
 from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
-from valdi_jax.envs import evaluation_seeds, interface_of, make_env, own_env
+from valdi_jax.envs import (
+    evaluation_seeds,
+    import_modules,
+    interface_of,
+    make_env,
+    own_env,
+)
 from valdi_jax.envs.workers import make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.planners import PLANNERS
@@ -45,6 +51,8 @@ class Arguments:
     """Environments stepped in parallel."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every episode's seed, return and length to this file."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
+    """Modules to import first, which register environments with Gymnasium."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Record the first episode (.gif or .mp4)."""
     planner: PlannerConfig = dataclasses.field(default_factory=PlannerConfig)
@@ -146,6 +154,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments, agent = parse_arguments(argv)
+    import_modules(arguments.imports)
     config = agent.config
     compilation.cache_compilations()
     configs = [

@@ -18,7 +18,7 @@ import tyro
 
 from valdi_jax import cli
 from valdi_jax.config import Config
-from valdi_jax.envs import make_env
+from valdi_jax.envs import import_modules, make_env
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import default_config
 
@@ -44,6 +44,8 @@ class Arguments:
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
     """Start a new run from the parameters of a run, a checkpoint, an exported agent or a bundled
     one; without --preset, with its settings as well."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
+    """Modules to import first, which register environments with Gymnasium."""
     log: tuple[Literal["wandb"], ...] = ()
     """Where to log besides the run directory: wandb (Weights & Biases, extra wandb)."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
@@ -140,6 +142,7 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = parse_arguments(argv)
+    import_modules(arguments.imports)
     from valdi_jax import compilation
 
     compilation.cache_compilations()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable
+import importlib
+import os
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import gymnasium as gym
@@ -69,6 +71,29 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
     return paced(env, action_repeat=config.action_repeat, patience=patience)
 
 
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that register environments, here and in the worker processes.
+
+    Raises:
+        UsageError: if one cannot be imported.
+    """
+    if names:
+        os.environ[_IMPORTS] = ",".join(names)
+        _import_modules()
+
+
+_IMPORTS = "VALDI_JAX_IMPORT"  # processes inherit it; a configuration file cannot set it
+
+
+def _import_modules() -> None:
+    for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a module may raise anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UsageError(f"--env.import: cannot import {name!r}: {reason}") from error
+
+
 def make_registered(
     name: str, *, max_steps: int, render_mode: str | None = None, **settings: object
 ) -> gym.Env:
@@ -85,8 +110,9 @@ def make_registered(
     if ":" in name:
         raise UsageError(
             f"gym:{name} names a module to import, and a configuration may not import code: "
-            "see docs/your-environment.md for a program of three lines that may"
+            f"--env gym:{name.split(':')[1]} --env.import {name.split(':')[0]}"
         )
+    _import_modules()
     if render_mode is not None:  # else omitted: not every environment accepts it
         settings["render_mode"] = render_mode
     try:
@@ -98,10 +124,13 @@ def make_registered(
         )
     except Exception as error:  # anything, e.g. a missing package or argument
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise UsageError(
-            f"cannot make the environment gym:{name}: {reason}; one that needs arguments is made "
-            "by a program of your own (docs/your-environment.md)"
-        ) from error
+        hint = (
+            "--env.import names a module that registers it"
+            if isinstance(error, gym.error.UnregisteredEnv)
+            else "one that needs arguments is made by a program of your own "
+            "(docs/your-environment.md)"
+        )
+        raise UsageError(f"cannot make the environment gym:{name}: {reason}; {hint}") from error
     if env.spec is None or env.spec.max_episode_steps is None:
         env.close()
         raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
