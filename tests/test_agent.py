@@ -125,6 +125,24 @@ def test_another_number_of_environments_needs_a_reset(toy):
         toy.act({"vector": np.zeros((3, 2))})
 
 
+def test_rows_begin_only_where_there_are_some(toy):
+    toy.reset()
+    with pytest.raises(UsageError, match="needs an act"):
+        toy.reset(0)
+    toy.act({"vector": np.zeros((3, 2))})
+    toy.reset((0, 2))
+    with pytest.raises(UsageError, match="of no environments"):
+        toy.act({"vector": np.zeros((0, 2))})
+
+
+def test_the_size_of_actions_comes_from_the_environment(pendulum):
+    config = pendulum.config.replace(model={"action_dim": 3})  # as in a preset
+    agent = Agent(pendulum.params, config)
+    assert agent.config.model.action_dim == 1
+    with pytest.raises(UsageError, match="does not fit"):
+        Agent({**pendulum.params, "value": {}}, config)
+
+
 def test_an_agent_of_an_environment_of_ones_own_needs_its_factory(tmp_path):
     config = CONFIG.replace(collect={"episodes": 2}, eval={"every": 0})
     train(config, tmp_path / "run", make=make_counting)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,20 @@ def test_a_signal_waits_for_a_good_moment(signum):
         os.kill(os.getpid(), signum)
         with pytest.raises(cli.Interrupted, match=signum.name):
             check()
+
+
+def test_a_second_signal_ends_a_process_whose_reader_has_stalled():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"x" * 4096):
+            pass
+    os.set_blocking(writing, True)
+    signals = [str(int(signal.SIGTERM))] * 3
+    program = subprocess.Popen([sys.executable, "-c", HANGING, *signals], stderr=writing)
+    assert program.wait(timeout=30) == 130
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_second_signal_ends_the_process_at_once():

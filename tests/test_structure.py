@@ -18,10 +18,11 @@ ORDER = [
     *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg", "losses"),
     *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.dmc", "envs.spaces"),
-    *("envs.workers", "envs", "data.rollout", "data.source", "cli", "compilation"),
+    *("envs.workers", "envs", "data.rollout", "data.source", "cli"),
     *(
         "run",
         "run.manifest",
+        "compilation",
         "run.agents",
         "run.checkpoint",
         "run.video",

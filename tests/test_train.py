@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import sys
+import types
 from pathlib import Path
 
 import chex
@@ -25,7 +26,7 @@ from valdi_jax.data.source import Environments
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint, loop
+from valdi_jax.run import checkpoint, loop, wandb
 from valdi_jax.run import learner as learner_module
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import main, parse_arguments, train
@@ -60,15 +61,19 @@ def test_a_run_leaves_everything_in_its_directory(straight):
     assert "episode 5/5" in output
 
 
+def read_events(path):
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
 def events(directory):
     """The values in TensorBoard's files of a directory: tag -> {step: value}."""
     found = {}
     for path in sorted(directory.glob("events.out.tfevents*")):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
+        for event in read_events(path):
             for value in event.summary.value:
                 found.setdefault(value.tag, {})[event.step] = value
     return found
@@ -77,7 +82,7 @@ def events(directory):
 def test_tensorboard_has_both_axes_the_options_and_the_video(tmp_path, monkeypatch):
     config = CONFIG.replace(eval={"every": 2, "episodes": 1, "video": True})
 
-    def film(params, config, path, *, make):
+    def film(params, config, path, *, make, on_decision):
         path.write_bytes(b"GIF89a" + struct.pack("<HH", 6, 4))
 
     monkeypatch.setattr(loop, "record_video", film)
@@ -89,6 +94,16 @@ def test_tensorboard_has_both_axes_the_options_and_the_video(tmp_path, monkeypat
     by_step = events(tmp_path / "run" / "env_steps")
     assert by_step["env_steps/episode/return"].keys() == {30, 60}
     assert by_step["env_steps/eval/return"].keys() == {60}
+
+
+def test_tensorboard_keeps_what_a_resumed_run_does_not_write_again(tmp_path):
+    config = CONFIG.replace(eval={"every": 0})
+    run(tmp_path / "run", 2, config=config)
+    run(tmp_path / "run", 3, config=config, resume=True)
+    for directory, kept in ((tmp_path / "run", 1), (tmp_path / "run" / "env_steps", 60)):
+        files = sorted(directory.glob("events.out.tfevents*"), key=os.path.getmtime)
+        starts = [event.step for event in read_events(files[-1]) if event.HasField("session_log")]
+        assert starts == [kept + 1]  # TensorBoard drops this step and later ones
 
 
 def test_a_program_gets_every_record_as_it_is_written(tmp_path):
@@ -108,13 +123,37 @@ def test_a_program_gets_every_record_as_it_is_written(tmp_path):
 
 def test_records_go_to_weights_and_biases(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setitem(sys.modules, "wandb", sent)
-    with pytest.raises(AttributeError, match="init"):  # only now is it asked for
-        main(["--env", "pendulum", "--log", "wandb", "--run-dir", str(tmp_path / "run")])
-    monkeypatch.setitem(sys.modules, "wandb", None)
+
+    class Run:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def define_metric(self, *names, **settings):
+            pass
+
+        log = staticmethod(sent.append)
+
+        def finish(self, exit_code):
+            sent.append((self.settings["id"], exit_code))
+
+    monkeypatch.setattr(wandb.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"valdi-jax\[wandb\]"):
         main(["--env", "pendulum", "--log", "wandb", "--run-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(wandb.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    config = CONFIG.replace(collect={"episodes": 2}, eval={"every": 0})
+    with wandb.WandB(tmp_path / "run", config) as on_record:
+        train(
+            config,
+            tmp_path / "run",
+            make=make_counting,
+            console=Console(quiet=True),
+            on_record=on_record,
+        )
+    *records, end = sent
+    assert [record["episode"] for record in records] == [0, 1]
+    assert end == (checkpoint.identity(tmp_path / "run")["id"], 0)
 
 
 def test_a_video_that_cannot_be_recorded_costs_no_training(tmp_path):

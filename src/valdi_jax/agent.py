@@ -19,7 +19,7 @@ from valdi_jax.envs import interface_of, make_env, own_env
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.observation import Observation
-from valdi_jax.run.checkpoint import open_agent
+from valdi_jax.run.checkpoint import StoredAgent, open_agent
 from valdi_jax.types import Array, Params, Plan
 
 
@@ -39,9 +39,13 @@ class Agent:
     """
 
     def __init__(self, params: Params, config: Config, *, make: Callable[..., gym.Env] = make_env):
-        self.params, self.config, self._make = params, config, make
+        self._make = make
         self._factory = functools.partial(own_env, make, config.env, training=False)
         self._interface = interface_of(self._factory)
+        # A run takes the size of its actions from its environment, too.
+        self.config = config.replace(model={"action_dim": self._interface.action_dim})
+        given = StoredAgent("the agent", self.config, lambda: params)
+        self.params = given.load(self._interface.example)
         self._episodes = 0  # begun, for the keys
         self._rows: _Rows | None = None
         self._key: Array | None = None
@@ -59,9 +63,7 @@ class Agent:
             raise UsageError(
                 f"{where} was trained on environments that {stored.made_by} makes: give it as make="
             )
-        agent = cls({}, stored.config, make=make)
-        agent.params = stored.load(agent._interface.example)
-        return agent
+        return cls(stored.load(), stored.config, make=make)
 
     def make_env(self, *, render_mode: str | None = None) -> gym.Env:
         """A new environment of the kind that the agent was trained in, held actions included."""
@@ -77,9 +79,11 @@ class Agent:
         """
         if rows is None:
             self._rows, self._key = None, key
-        elif self._rows is not None:
-            for row in np.arange(len(self._rows.left))[rows].reshape(-1):
-                self._rows.begin(int(row), self._next_key() if key is None else key)
+            return
+        if self._rows is None:
+            raise UsageError("reset() of some rows needs an act() before it, which tells how many")
+        for row in np.arange(len(self._rows.left))[np.asarray(rows)].reshape(-1):
+            self._rows.begin(int(row), self._next_key() if key is None else key)
 
     def act(
         self, observation: Mapping[str, Any] | np.ndarray | Observation, *, key: Array | None = None
@@ -148,8 +152,16 @@ class Agent:
         if isinstance(observation, Observation):
             single = _fit(observation, self._interface.example)
             return jax.tree.map(lambda x: x[None], observation) if single else observation, single
+        if isinstance(observation, Mapping):
+            observation = dict(observation)
         count = self._interface.count(observation)
         each = [observation]
+        if count == 0:
+            raise UsageError("the observation has a leading axis of no environments")
+        if count is not None and isinstance(observation, dict):
+            counts = {name: len(x) for name, x in observation.items() if np.ndim(x)}
+            if set(counts.values()) != {count}:
+                raise UsageError(f"the observation's parts differ in their number: {counts}")
         if count is not None and isinstance(observation, Mapping):
             each = [{name: x[i] for name, x in observation.items()} for i in range(count)]
         elif count is not None:

@@ -78,6 +78,11 @@ _STOPPING = (
 )
 
 
+def _say_stopping() -> None:
+    with contextlib.suppress(BaseException):  # the terminal may be gone
+        print(_STOPPING, file=sys.stderr, flush=True)  # above a live display
+
+
 class Interrupted(Exception):
     """A signal to stop was received; raised where the work can stop."""
 
@@ -116,8 +121,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
                 continue
             if first is None:
                 first = time.monotonic()
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    print(_STOPPING, file=sys.stderr, flush=True)  # above a live display
+                # In a thread of its own: whoever reads the output may have stalled.
+                threading.Thread(target=_say_stopping, daemon=True).start()
             elif time.monotonic() - first > _REPEAT:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides

@@ -8,11 +8,14 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jaxlib
 from jax import monitoring
+
+from valdi_jax.run.manifest import write_atomic
 
 
 def cache_compilations() -> None:
@@ -53,18 +56,31 @@ def _keeps_programs(directory: Path) -> bool:
         return verdict.read_text() == "yes"
     except OSError:
         pass
-    print("trying once whether compiled programs can be kept on this CPU", file=sys.stderr)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", _TRIAL, str(directory / "trial")]
-    first, second = (
-        subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)
-    )
-    quiet = second.stderr.count("\n") <= first.stderr.count("\n")
-    works = [*first.stdout.split()[:1], "True"] == second.stdout.split() and quiet
-    with contextlib.suppress(OSError):
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-        verdict.write_text("yes" if works else "no")
-    return works
+        with tempfile.TemporaryDirectory(dir=directory) as trial:
+            print("trying once whether compiled programs can be kept on this CPU", file=sys.stderr)
+            command = [sys.executable, "-c", _TRIAL, trial]
+            first, second = (
+                subprocess.run(
+                    command,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    timeout=120,
+                )
+                for _ in range(2)
+            )
+    except (OSError, subprocess.SubprocessError):
+        return False  # for now: the next start tries again
+    value = first.stdout.split()[0]
+    quiet = second.stderr.count("\n") <= first.stderr.count("\n")
+    works = (first.stdout.split(), second.stdout.split()) == ([value, "False"], [value, "True"])
+    with contextlib.suppress(OSError):
+        write_atomic(verdict, b"yes" if works and quiet else b"no")
+    return works and quiet
 
 
 def _cpu() -> str:

@@ -453,6 +453,8 @@ def validate(config: Config) -> None:
     if env.name != "carracing" and (env.downsample > 1 or config.learn.mirror):
         option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
         raise UsageError(f"{option} is for carracing alone, not for {env.name}")
+    if env.pixels and not env.name.startswith("dmc:"):
+        raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
     require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
     if model.dynamics == "mlp":
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import ctypes.util
 import difflib
 import os
@@ -32,14 +33,19 @@ def make_dmc(
     Raises:
         UsageError: if there is no such task, or the extra ``dmc`` is missing.
     """
-    _choose_renderer(say=bool(pixels or render_mode))
+    _choose_renderer(draws=bool(pixels or render_mode))
     try:
         from dm_control import suite
         from shimmy.dm_control_compatibility import DmControlCompatibilityV0
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"dmc:{name} needs the extra: pip install 'valdi-jax[dmc]' ({error})"
+        ) from error
     except Exception as error:  # MuJoCo's renderer raises what it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UsageError(
-            f"dmc:{name} needs the extra: pip install 'valdi-jax[dmc]' ({reason})"
+            f"dm_control cannot be imported: {reason}; MUJOCO_GL is egl or osmesa, or "
+            "disabled where nothing is drawn"
         ) from error
     domain, _, task = name.partition("-")
     domain, task = _ALIASES.get(domain, domain).replace("-", "_"), task.replace("-", "_")
@@ -51,7 +57,7 @@ def make_dmc(
     side = pixels or _VIDEO_SIDE
     shown: dict[str, Any] = {"height": side, "width": side, "camera_id": 0}
     env: gym.Env = DmControlCompatibilityV0(
-        suite.load(domain, task),
+        suite.load(domain, task, task_kwargs={"random": 0}),  # LQR draws its system from it
         render_mode="rgb_array" if pixels else render_mode,
         render_kwargs=shown,
     )
@@ -63,11 +69,25 @@ def make_dmc(
     return env
 
 
-def _choose_renderer(*, say: bool) -> None:
-    """Without a screen, MuJoCo needs EGL or OSMesa, named before dm_control is imported."""
+def _choose_renderer(*, draws: bool) -> None:
+    """Without a screen, MuJoCo needs EGL or OSMesa, named before dm_control is imported.
+
+    Where nothing is drawn, an EGL that does not work must not matter.
+    """
     if "MUJOCO_GL" in os.environ or os.environ.get("DISPLAY") or sys.platform != "linux":
         return
     found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
-    os.environ["MUJOCO_GL"] = found[0].lower() if found else "disabled"
-    if say:
+    usable = found and (draws or found[0] != "EGL" or _egl_works())
+    os.environ["MUJOCO_GL"] = found[0].lower() if usable else "disabled"
+    if draws:
         print(f"no screen: MUJOCO_GL is {os.environ['MUJOCO_GL']}", file=sys.stderr)
+
+
+def _egl_works() -> bool:
+    try:
+        egl = ctypes.CDLL(ctypes.util.find_library("EGL"))
+        egl.eglGetDisplay.restype = ctypes.c_void_p
+        display = egl.eglGetDisplay(None)
+        return bool(display and egl.eglInitialize(ctypes.c_void_p(display), None, None))
+    except (OSError, AttributeError):
+        return False

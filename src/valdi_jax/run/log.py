@@ -50,18 +50,20 @@ class RunLog:
         # A resumed run purges by position, so that each axis needs its own files.
         self._tensorboard = (
             _TensorBoard(run_dir, "episode", episodes, options or {}),
-            _TensorBoard(run_dir / "env_steps", "total/env_steps", env_steps, {}),
+            # The last round ends at just this many steps, and stays.
+            _TensorBoard(run_dir / "env_steps", "total/env_steps", env_steps and env_steps + 1, {}),
         )
 
     def episode(self, record: dict[str, Any]) -> None:
         self._write("metrics", record)
 
-    def evaluation(self, record: dict[str, Any], *, gif: Path | None = None) -> None:
-        """Log an evaluation; ``gif`` is a video of its first episode."""
+    def evaluation(self, record: dict[str, Any]) -> None:
         self._write("evaluations", record)
-        if gif is not None:
-            with contextlib.suppress(OSError):
-                self._tensorboard[0].image(record, "eval/video", gif.read_bytes())
+
+    def video(self, record: dict[str, Any], gif: Path) -> None:
+        """Show a video of an evaluation's first episode in TensorBoard."""
+        with contextlib.suppress(OSError):
+            self._tensorboard[0].image(record, "eval/video", gif.read_bytes())
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         try:
@@ -117,10 +119,15 @@ class _TensorBoard:
 
     def _events(self, record: dict[str, Any], *summaries: Any) -> None:
         try:
+            writer = self._open()
+            if self._purge is not None:  # makes TensorBoard drop what a resumed run writes again
+                start = SessionLog(status=SessionLog.START)
+                writer.write_event(Event(step=self._purge, session_log=start))
             for each in [*self._head(), *summaries]:
                 event = Event(wall_time=time.time(), step=record[self._axis], summary=each)
-                self._open().write_event(event)
-            self._open().flush()
+                writer.write_event(event)
+            writer.flush()
+            self._purge, self._options = None, {}
         except OSError:
             self.close()
             raise
@@ -134,17 +141,12 @@ class _TensorBoard:
         return self._writer
 
     def _head(self) -> list[Any]:
-        """What stands at the beginning of a process's events."""
-        if self._purge is not None:  # makes TensorBoard drop what a resumed run writes again
-            start = SessionLog(status=SessionLog.START)
-            self._open().write_event(Event(step=self._purge, session_log=start))
-            self._purge = None
-        options, self._options = self._options, {}
-        if not options:
+        """The settings, at the beginning of a process's events."""
+        if not self._options:
             return []
-        table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+        table = "\n".join(f"| {name} | {value} |" for name, value in self._options.items())
         return [
-            *summary.hparams(options, {"episode/return": 0, "eval/return": 0})[:2],
+            *summary.hparams(self._options, {"episode/return": 0, "eval/return": 0})[:2],
             summary.text("configuration", f"| option | value |\n|---|---|\n{table}"),
         ]
 

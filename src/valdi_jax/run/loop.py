@@ -90,7 +90,7 @@ def train(
             )
 
         def film(params: Params, path: Path) -> None:
-            record_video(params, config, path, make=make)
+            record_video(params, config, path, make=make, on_decision=interrupt)
 
         reporter = Reporter(run_dir, config, progress, console or Console(), film, on_record)
         stack.callback(reporter.close)

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from valdi_jax import compilation
+from valdi_jax import cli, compilation
 from valdi_jax.config import Config, leaves, to_dict
 from valdi_jax.data.rollout import Rollout, exploration_noise
 from valdi_jax.data.source import Progress
-from valdi_jax.errors import StoppedError, UsageError
+from valdi_jax.errors import StoppedError
 from valdi_jax.run.display import Display
 from valdi_jax.run.log import RunLog, read_jsonl
 from valdi_jax.types import Params
@@ -165,24 +165,26 @@ class Reporter:
             "total/env_steps": self._progress.env_steps,
             "returns": returns,
         }
-        self._log.evaluation(record, gif=self._video(params))
+        self._log.evaluation(record)
         self._on_record(record)
         self.say(
             f"evaluation after {self._progress.episodes} episodes: mean return "
             f"{np.mean(returns):.1f} over {len(returns)}"
         )
+        if self._config.eval.video:
+            self._record_video(params, record)
 
-    def _video(self, params: Params) -> Path | None:
-        if not self._config.eval.video:
-            return None
+    def _record_video(self, params: Params, record: dict[str, Any]) -> None:
         path = self._run_dir / "videos" / f"{self._progress.episodes:08d}.gif"
         try:
             path.parent.mkdir(exist_ok=True)
             self._film(params, path)
-        except (UsageError, OSError) as reason:
+        except cli.Interrupted:
+            raise
+        except Exception as reason:  # an environment may raise anything, or draw nothing
             self.say(f"warning: no video: {reason}")
-            return None
-        return path
+        else:
+            self._log.video(record, path)
 
     def close(self) -> None:
         self._log.close()

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import RenderCollection
 
+from valdi_jax import cli
 from valdi_jax.config import Config, EnvConfig
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
@@ -25,7 +26,12 @@ _FRAMES_PER_SECOND = 50  # if the environment does not say
 
 
 def record_video(
-    params: Params, config: Config, path: Path, *, make: Callable[..., gym.Env] = make_env
+    params: Params,
+    config: Config,
+    path: Path,
+    *,
+    make: Callable[..., gym.Env] = make_env,
+    on_decision: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Record the first episode of `evaluate`.
 
@@ -34,6 +40,7 @@ def record_video(
         config: the run's configuration.
         path: of the video, .gif or .mp4.
         make: called as ``make(config.env, training=False, render_mode="rgb_array")``.
+        on_decision: called before every planner call.
 
     Raises:
         UsageError: if the file cannot be written, the optional dependency is missing, or the
@@ -52,7 +59,16 @@ def record_video(
             pool = LocalPool(lambda: env)
             stack.callback(pool.close)
             jobs = evaluation_jobs(1)
-            (rollout,) = roll_out(params, pool, jobs, config=config, keep_observations=False)
+            (rollout,) = roll_out(
+                params,
+                pool,
+                jobs,
+                config=config,
+                keep_observations=False,
+                on_decision=on_decision,
+            )
+        except cli.Interrupted:
+            raise
         except Exception as error:  # without a screen, MuJoCo raises what it likes
             raise UsageError(
                 f"the environment cannot be drawn ({type(error).__name__}: {error}); MuJoCo "
@@ -72,12 +88,13 @@ def video_writer(path: Path) -> Callable[[list[np.ndarray], float], None]:
     try:
         import imageio.v3 as imageio
     except ImportError:
-        raise UsageError("--video needs the extra: pip install 'valdi-jax[video]'") from None
+        raise UsageError("videos need the extra: pip install 'valdi-jax[video]'") from None
 
     def write(frames: list[np.ndarray], fps: float) -> None:
         if path.suffix == ".gif":  # 12 frames a second at half the size keep it small
             every = max(1, round(fps / 12.5))
-            frames = [frame[::2, ::2] for frame in frames[::every]]
+            half = 2 if min(frames[0].shape[:2]) > 200 else 1
+            frames = [frame[::half, ::half] for frame in frames[::every]]
             imageio.imwrite(path, frames, duration=1000 * every / fps, loop=0)
         else:
             # The codec only needs even sides; imageio would scale to multiples of 16.
