@@ -22,7 +22,7 @@ train: $(READY)
 		$(BIN)/python -m valdi_jax.train --env carracing --preset $(PRESET)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
