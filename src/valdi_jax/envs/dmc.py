@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import difflib
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -72,22 +71,17 @@ def make_dmc(
 def _choose_renderer(*, draws: bool) -> None:
     """Without a screen, MuJoCo needs EGL or OSMesa, named before dm_control is imported.
 
-    Where nothing is drawn, an EGL that does not work must not matter.
+    Which of them works is tried in a process of its own; workers inherit the answer.
     """
     if "MUJOCO_GL" in os.environ or os.environ.get("DISPLAY") or sys.platform != "linux":
         return
-    found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
-    usable = found and (draws or found[0] != "EGL" or _egl_works())
-    os.environ["MUJOCO_GL"] = found[0].lower() if usable else "disabled"
+    command = [sys.executable, "-c", "from dm_control import _render"]
+    for name in ("egl", "osmesa"):
+        tried = subprocess.run(command, env={**os.environ, "MUJOCO_GL": name}, capture_output=True)
+        if tried.returncode == 0:
+            break
+    else:
+        name = "disabled"
+    os.environ["MUJOCO_GL"] = name
     if draws:
-        print(f"no screen: MUJOCO_GL is {os.environ['MUJOCO_GL']}", file=sys.stderr)
-
-
-def _egl_works() -> bool:
-    try:
-        egl = ctypes.CDLL(ctypes.util.find_library("EGL"))
-        egl.eglGetDisplay.restype = ctypes.c_void_p
-        display = egl.eglGetDisplay(None)
-        return bool(display and egl.eglInitialize(ctypes.c_void_p(display), None, None))
-    except (OSError, AttributeError):
-        return False
+        print(f"no screen: MUJOCO_GL is {name}", file=sys.stderr)
