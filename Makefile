@@ -1,6 +1,7 @@
 # make train   train on CarRacing with the preset that suits this machine
 # make test    run the tests
 # make lint    check style and types
+# make docs    build the documentation as a site, in build/site
 # make bench   measure the planner, the update, the environment and whole training
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PRESET ?= $(if $(GPU),paper,cpu)
 COMMA  := ,
 READY   = $(VENV)/installed-$(subst $(COMMA),-,$(EXTRAS))
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint docs bench clean
 
 train: $(READY)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
@@ -26,6 +27,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -d build/site
 
 bench: $(READY)
 	$(BIN)/python benchmarks/planner_hz.py

@@ -31,7 +31,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    kept = {"metrics.jsonl": METRICS, "evaluations.jsonl": ("episode", "eval/return", "returns")}
+    kept = {
+        "metrics.jsonl": METRICS,
+        "evaluations.jsonl": ("episode", "total/env_steps", "eval/return", "returns"),
+    }
     for name, keys in kept.items():
         lines = [
             json.dumps({key: _rounded(record[key]) for key in keys if key in record})
