@@ -37,7 +37,7 @@ def test_a_planner_finds_the_top_of_a_hill(kind, answer):
     config = dataclasses.replace(CONFIG, answer=answer)
     actions, found, _ = search(kind, quadratic(), config=config)
     assert float(jnp.abs(actions - TARGET).mean()) < 0.25
-    if answer == "best":
+    if answer == "best" and kind != "mbdpo":  # which always returns its mean
         expected = quadratic().score(actions[None], None)[0]
         np.testing.assert_allclose(found.score, expected, rtol=1e-5)
     else:

@@ -103,10 +103,14 @@ class ModelConfig:
     """The networks (paper, Supp. B)."""
 
     dynamics: str = "diffusion"
-    """World model: diffusion (the paper's transformer), flow (the same, as a rectified flow) or mlp
-    (the deterministic one-step baseline)."""
+    """World model: diffusion (the paper's transformer), flow (the same, as a rectified flow), mlp
+    (the deterministic one-step baseline) or simplex (TD-MPC2's, with --model.encoder simplex)."""
+    encoder: Literal["paper", "simplex"] = "paper"
+    """Encoder: the paper's, or simplex (TD-MPC2's for vector observations, whose latents lie on
+    simplices)."""
     networks: tuple[str, ...] = ()
-    """Additional networks, besides encoder, dynamics, reward and value."""
+    """Additional networks, besides encoder, dynamics, reward and value: policy (a Gaussian prior of
+    action chunks), energy (MBDPO's) and q (critics of latent and chunk, in place of the value)."""
     latent_dim: Count = 64
     """Size D of the latent."""
     horizon: Count = 5
@@ -151,7 +155,18 @@ class ModelConfig:
     value_width: Count = 512
     """Hidden width of a value head."""
     value_heads: Count = 2
-    """Value heads E; the value is their minimum."""
+    """Value heads E; the value is their minimum. With the network q, its critics."""
+    encoder_depth: Count = 2
+    """Layers of the simplex encoder."""
+    policy_width: Count = 256
+    """Hidden width of the policy prior and the energy."""
+    bins: Natural = 0
+    """Bins of a distribution over rewards and q in symlog space, as in TD-MPC2; 0 for scalars with
+    squared errors."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in the first layer of the critics q, while they learn."""
+    rho: Fraction = 1.0
+    """Weight rho^t of a rollout's step t in the losses of heads and simplex dynamics."""
 
 
 @_section("planner.icem")
@@ -182,22 +197,41 @@ class MPPIConfig:
     """Maximum standard deviation of the sampling distribution, and its initial value."""
 
 
+@_section("planner.mbdpo")
+class MBDPOConfig:
+    """MBDPO's search (2605.26282), a reverse diffusion over the action sequence."""
+
+    steps: Annotated[int, Field(ge=2)] = 20
+    """Noise levels S; S - 1 iterations."""
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """Variance of the lowest noise level; the levels between are linear."""
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    """Variance of the highest noise level."""
+    temperature: Positive = 0.5
+    """Divisor of the standardised returns in the softmax that weights the elites."""
+
+
 @_section("planner")
 class PlannerConfig:
     """The search for actions (paper, Supp. D)."""
 
     kind: str = "cem"
-    """cem (the paper's cross-entropy method), icem or mppi."""
+    """cem (the paper's cross-entropy method), icem, mppi or mbdpo."""
     candidates: Count = 512
     """Action sequences N sampled per iteration (iCEM: in the first)."""
     elites: Annotated[int, Field(ge=2)] = 64
     """Best sequences K, which give the next mean and standard deviation."""
     iterations: Count = 10
-    """Iterations I."""
+    """Iterations I (MBDPO: --planner.mbdpo.steps)."""
     diffusion_steps: Count = 1
     """DDIM steps per imagined trajectory."""
-    answer: Literal["best", "mean"] = "best"
-    """Return the best sequence of all iterations, or the final elite mean."""
+    answer: Literal["best", "mean", "sample"] = "best"
+    """Return the best sequence of all iterations, the final elite mean (MBDPO: always), or, with
+    MPPI, an elite of the last iteration drawn by its weight, as in TD-MPC2."""
+    policy_candidates: Natural = 0
+    """MPPI and MBDPO: candidates that the policy prior rolls out, if there is one."""
+    eta: Weight = 0.01
+    """Weight of the energy in the reward of a candidate's step, if there is one (MBDPO)."""
     action_hold: Count = 1
     """Environment steps for which candidates and exploration noise hold an action; must divide
     --model.chunk."""
@@ -213,6 +247,31 @@ class PlannerConfig:
     """Precision in which candidates are imagined and scored; the encoder stays in float32."""
     icem: ICEMConfig = field(default_factory=ICEMConfig)
     mppi: MPPIConfig = field(default_factory=MPPIConfig)
+    mbdpo: MBDPOConfig = field(default_factory=MBDPOConfig)
+
+
+@_section("learn.policy")
+class PolicyConfig:
+    """The policy prior's own step, after that of all others (TD-MPC2)."""
+
+    entropy: Weight = 1e-4
+    """Weight of the entropy."""
+    scale_rate: Share = 0.01
+    """Rate of the running range of q that divides it."""
+
+
+@_section("learn.energy")
+class EnergyConfig:
+    """The energy: a classifier of replayed actions against others (MBDPO)."""
+
+    noise: Weight = 0.5
+    """Standard deviation of the noise on a negative."""
+    rate: Share = 0.01
+    """Rate of the running mean and standard deviation of its logits."""
+    clip: Positive = 5.0
+    """Limit of the normalised logit in a candidate's return."""
+    aligned: bool = True
+    """Pair each state with its own action; off, as the authors' code pairs them."""
 
 
 @_section("learn")
@@ -240,6 +299,14 @@ class LearnConfig:
     EMA, Karras et al., 2024); 0 for the latest parameters, as in the reference."""
     discount: Share = 0.99
     """Discount per environment step."""
+    encoder_rate: Weight = 1.0
+    """Factor on the encoder's learning rate (TD-MPC2: 0.3)."""
+    target_encoder: Literal["ema", "online"] = "ema"
+    """Encoder of the latents that the dynamics predict (TD-MPC2: online)."""
+    last_step: bool = True
+    """Train the heads also at the last latent of a segment (TD-MPC2 does not)."""
+    energy_weight: Weight = 1.0
+    """Weight of the energy's loss."""
     diffusion_weight: Weight = 1.0
     """Weight of the dynamics loss."""
     reward_weight: Weight = 0.01
@@ -274,6 +341,8 @@ class LearnConfig:
     random_shift: Natural = 0
     """Shift the frames of each training segment by up to this many pixels each way, the same for
     all its frames."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
 
 
 @_section("collect")
@@ -450,13 +519,36 @@ def validate(config: Config) -> None:
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
     )
+    if "q" in model.networks and "q" not in config.learn.terms:
+        raise UsageError("--model.networks has q, in place of the value: give --learn.terms q too")
+    require(
+        "q" not in model.networks or model.value_heads >= 2,
+        *("--model.value-heads", model.value_heads),
+        "must be at least 2 with critics, as their target is the lesser of two",
+    )
+    simplex = "simplex" in (model.encoder, model.dynamics)
+    require(
+        not simplex or model.latent_dim % 8 == 0,
+        *("--model.latent-dim", model.latent_dim),
+        "must be a multiple of 8, the size of a simplex",
+    )
+    require(
+        planner.policy_candidates < planner.candidates,
+        *("--planner.policy-candidates", planner.policy_candidates),
+        f"must be below --planner.candidates ({planner.candidates})",
+    )
+    require(
+        planner.answer != "sample" or planner.kind == "mppi",
+        *("--planner.answer", planner.answer),
+        "is for --planner.kind mppi",
+    )
     if env.name != "carracing" and (env.downsample > 1 or config.learn.mirror):
         option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
         raise UsageError(f"{option} is for carracing alone, not for {env.name}")
     if env.pixels and not env.name.startswith("dmc:"):
         raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
     require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
-    if model.dynamics == "mlp":
+    if model.dynamics in ("mlp", "simplex"):
         return
     require(
         model.transformer_width % model.transformer_heads == 0,

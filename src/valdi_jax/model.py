@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -15,26 +18,76 @@ from valdi_jax.networks.encoder import Encoder
 from valdi_jax.networks.heads import RewardHead, ValueHeads
 from valdi_jax.networks.layers import apply
 from valdi_jax.networks.normalizer import init_normalizer, normalize
+from valdi_jax.networks.tdmpc2 import (
+    SimplexEncoder,
+    energy_net,
+    policy_net,
+    q_net,
+    reward_net,
+)
+from valdi_jax.networks.twohot import decode
 from valdi_jax.observation import Observation
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Params
 
 __all__ = [
     "NETWORKS",
+    "Action",
     "encode",
     "encode_targets",
+    "energy",
+    "energy_bonus",
     "imagine",
+    "imagine_step",
     "init_params",
     "parameter_count",
+    "policy",
+    "q_outputs",
+    "q_values",
     "reward",
+    "reward_output",
     "value",
     "values",
 ]
 
 _ENCODER_TILE = 64  # observations per encoder pass on a CPU
 
+_STATISTICS = ("normalizer", "statistics")  # parameters that no gradient trains
+_MIN_LOG_STD, _MAX_LOG_STD = -10.0, 2.0  # of the policy prior
+_LEAST_STD = 1e-6  # of the energy's logits
+
+
+def _dummies(config: Config) -> tuple[Array, Array]:
+    model = config.model
+    return jnp.zeros((1, model.latent_dim)), jnp.zeros((1, model.chunk * model.action_dim))
+
+
+def _init_policy(key: Array, *, config: Config) -> Params:
+    return policy_net(config.model).init(key, _dummies(config)[0])["params"]
+
+
+def _init_energy(key: Array, *, config: Config) -> Params:
+    return energy_net(config.model).init(key, *_dummies(config))["params"]
+
+
+def _init_q(key: Array, *, config: Config) -> Params:
+    return q_net(config.model).init(key, *_dummies(config))["params"]
+
+
 # Networks besides the agent's own: (key, *, config) -> parameters.
-NETWORKS: Registry[Callable[..., Params]] = Registry("--model.networks", {})
+NETWORKS: Registry[Callable[..., Params]] = Registry(
+    "--model.networks", {"policy": _init_policy, "energy": _init_energy, "q": _init_q}
+)
+
+
+class Action(NamedTuple):
+    """A sample of the policy prior."""
+
+    action: Array  # [..., C * A] in (-1, 1)
+    mean: Array  # [..., C * A] before tanh
+    log_std: Array  # [..., C * A] before tanh
+    entropy: Array  # [...] minus the log density of the sample
+    scaled_entropy: Array  # [...] the same, as TD-MPC2 scales it
 
 
 def init_params(key: Array, observation: Observation, *, config: Config) -> Params:
@@ -57,24 +110,39 @@ def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
         key, 4 + len(model.networks)
     )
     observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    z = jnp.zeros((1, model.latent_dim))
-    chunk = jnp.zeros((1, model.chunk * model.action_dim))
+    z, chunk = _dummies(config)
     params = {
-        "encoder": Encoder(model).init(encoder_key, observation)["params"],
+        "encoder": _encoder(model).init(encoder_key, observation)["params"],
         "dynamics": DYNAMICS[model.dynamics].init(dynamics_key, config=model),
-        "reward": RewardHead(model).init(reward_key, z, chunk)["params"],
-        "value": ValueHeads(model).init(value_key, z)["params"],
+        "reward": _reward_head(model).init(reward_key, z, chunk)["params"],
     }
+    if "q" not in model.networks:
+        params["value"] = ValueHeads(model).init(value_key, z)["params"]
     for name, network_key in zip(model.networks, others, strict=True):
         params[name] = NETWORKS[name](network_key, config=config)
     if model.normalize and observation.vector is not None:
         params["normalizer"] = init_normalizer(observation.vector.shape[-1])
+    statistics = {}
+    if "policy" in params:
+        statistics["q_range"] = jnp.ones(())
+    if "energy" in params:
+        statistics |= {"energy_mean": jnp.zeros(()), "energy_std": jnp.ones(())}
+    if statistics:
+        params["statistics"] = statistics
     return params
+
+
+def _encoder(config: ModelConfig) -> nn.Module:
+    return SimplexEncoder(config) if config.encoder == "simplex" else Encoder(config)
+
+
+def _reward_head(config: ModelConfig) -> nn.Module:
+    return reward_net(config) if config.bins else RewardHead(config)
 
 
 def parameter_count(params: Params) -> int:
     """Number of trainable parameters."""
-    trainable = {name: tree for name, tree in params.items() if name != "normalizer"}
+    trainable = {name: tree for name, tree in params.items() if name not in _STATISTICS}
     return sum(x.size for x in jax.tree.leaves(trainable))
 
 
@@ -85,7 +153,7 @@ def encode(params: Params, observation: Observation, *, config: Config) -> Array
     if "normalizer" in params:
         vector = normalize(params["normalizer"], observation.vector)
         observation = observation._replace(vector=vector)
-    return apply(Encoder(config.model), params["encoder"], observation)
+    return apply(_encoder(config.model), params["encoder"], observation)
 
 
 def encode_targets(params: Params, observation: Observation, *, config: Config) -> Array:
@@ -125,12 +193,82 @@ def imagine(
     return DYNAMICS[config.dynamics].imagine(params, z, actions, noise, config=config, steps=steps)
 
 
-def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
-    """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
+def imagine_step(params: Params, z: Array, chunk: Array, *, config: ModelConfig) -> Array:
+    """The next latent [..., D] after an action chunk [..., C * A].
+
+    A model of whole trajectories starts its sampler from zeros, with the chunk repeated.
+    """
+    dynamics = DYNAMICS[config.dynamics]
+    if dynamics.step is not None:
+        return dynamics.step(params, z, chunk, config=config)
+    actions = jnp.repeat(chunk[..., None, :], config.horizon, axis=-2)
+    noise = jnp.zeros((*z.shape[:-1], config.horizon, config.latent_dim))
+    return imagine(params, z, actions, noise, config=config, steps=1)[..., 0, :]
+
+
+def reward_output(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """What the reward head learns: scalars [...], or logits [..., bins]; arguments of `reward`."""
     model = config.model
     chex.assert_shape(z, (..., model.latent_dim))
     chex.assert_shape(actions, (*z.shape[:-1], model.chunk * model.action_dim))
-    return apply(RewardHead(model), params["reward"], z, actions)
+    return apply(_reward_head(model), params["reward"], z, actions)
+
+
+def reward(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """Predicted discounted reward [...] of an action chunk [..., C * A] at a latent [..., D]."""
+    output = reward_output(params, z, actions, config=config)
+    return decode(output) if config.model.bins else output
+
+
+def q_outputs(
+    params: Params, z: Array, actions: Array, *, config: Config, dropout: Array | None = None
+) -> Array:
+    """What the critics learn: values [E, ...], or logits [E, ..., bins].
+
+    Args:
+        params: all networks, with q.
+        z: [..., D].
+        actions: [..., C * A].
+        config: the run's configuration.
+        dropout: PRNG key; without it, nothing is dropped.
+    """
+    net = q_net(config.model, dropout=dropout is not None)
+    output = apply(net, params["q"], z, actions, dropout=dropout)
+    return output if config.model.bins else output[..., 0]
+
+
+def q_values(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """Values [E, ...] of an action chunk [..., C * A] at a latent [..., D] by each critic."""
+    output = q_outputs(params, z, actions, config=config)
+    return decode(output) if config.model.bins else output
+
+
+def policy(params: Params, z: Array, noise: Array, *, config: Config) -> Action:
+    """Sample the policy prior at latents [..., D] with standard normal noise [..., C * A]."""
+    output = apply(policy_net(config.model), params["policy"], z)
+    mean, spread = jnp.split(output, 2, axis=-1)
+    half = (_MAX_LOG_STD - _MIN_LOG_STD) / 2
+    log_std = _MIN_LOG_STD + half * (jnp.tanh(spread) + 1)
+    action = jnp.tanh(mean + noise * jnp.exp(log_std))
+    gaussian = jnp.sum(-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi), axis=-1)
+    squash = jnp.sum(jnp.log(jnp.maximum(1 - action**2, 0) + 1e-6), axis=-1)
+    log_density = gaussian - squash
+    scale = gaussian * noise.shape[-1] / (log_density + 1e-8)
+    return Action(action, mean, log_std, -log_density, -log_density * scale)
+
+
+def energy(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """Logit [...] that a chunk [..., C * A] was replayed at a latent [..., D]."""
+    return apply(energy_net(config.model), params["energy"], z, actions)[..., 0]
+
+
+def energy_bonus(params: Params, z: Array, actions: Array, *, config: Config) -> Array:
+    """The energy in running standard deviations from its running mean, clipped; as `energy`."""
+    statistics = params["statistics"]
+    mean, std = statistics["energy_mean"], statistics["energy_std"]
+    logit = energy(params, z, actions, config=config)
+    limit = config.learn.energy.clip
+    return jnp.clip((logit - mean) / jnp.maximum(std, _LEAST_STD), -limit, limit)
 
 
 def values(params: Params, z: Array, *, config: Config) -> Array:

@@ -50,6 +50,7 @@ class AgentState(struct.PyTreeNode):
     step: Array  # [] int32, updates done
     key: Array  # PRNG key; each update folds the step into it
     average: Params | None = None  # slow average of params, if learn.average asks for one
+    after: dict[str, Any] | None = None  # optax states of the terms with a step of their own
 
     @property
     def acting(self) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from valdi_jax.config import Config
 from valdi_jax.data.replay import Segments
 from valdi_jax.data.store import Store, gather
 from valdi_jax.errors import UsageError
-from valdi_jax.losses import draw, objective
+from valdi_jax.losses import TERMS, combine, draw, evaluate, look
+from valdi_jax.losses.base import View
 from valdi_jax.model import init_params
 from valdi_jax.networks.normalizer import merge
 from valdi_jax.observation import Observation
@@ -47,6 +49,25 @@ def _first_state(params: Params, key: Array, config: Config) -> AgentState:
         step=jnp.zeros((), jnp.int32),
         key=key,
         average=jax.tree.map(jnp.copy, params) if config.learn.average else None,
+        after={
+            name: _own_optimizer(config).init({key: params[key] for key in TERMS[name].trains})
+            for name in _after(config)
+        }
+        or None,
+    )
+
+
+def _after(config: Config) -> list[str]:
+    """Terms that take a step of their own."""
+    return [name for name in config.learn.terms if TERMS[name].after]
+
+
+def _own_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam as TD-MPC2 uses it for its policy."""
+    learn = config.learn
+    return optax.chain(
+        optax.clip_by_global_norm(learn.max_grad_norm),
+        optax.adam(learn.learning_rate, b1=learn.adam_b1, b2=learn.adam_b2, eps=1e-5),
     )
 
 
@@ -104,35 +125,71 @@ def apply_update(
     state: AgentState, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
     """`update` with given random draws, neither jitted nor donating."""
-    grads, metrics = jax.grad(objective, has_aux=True)(
-        state.params, state.ema_params, batch, draws, config=config
-    )
+
+    def loss(params: Params) -> tuple[Array, tuple[dict[str, Array], View]]:
+        view = look(params, state.ema_params, batch, draws, config=config)
+        total, metrics = combine(params, state.ema_params, view, draws, config=config)
+        return total, (metrics, view)
+
+    grads, (metrics, view) = jax.grad(loss, has_aux=True)(state.params)
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    if config.learn.encoder_rate != 1:
+        updates["encoder"] = optax.tree.scale(config.learn.encoder_rate, updates["encoder"])
     params = optax.apply_updates(state.params, updates)
+    metrics["grad/norm"] = optax.tree.norm(grads)
+    # The step too: an optimizer may turn finite gradients into non-finite steps.
+    metrics["update/norm"] = optax.tree.norm(updates)
+    checked = ["loss/total", "grad/norm", "update/norm"]
+    after = {}
+    for name in _after(config):
+        params, after[name], values = _own_step(name, params, state, view, draws, config=config)
+        metrics |= values
+        checked += values
+    params = _track(params, metrics, config=config)
     ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
     average = state.average
     if config.learn.average:
         rate = 1 / (1 + config.learn.average * state.step.astype(jnp.float32))
         average = optax.incremental_update(params, average, rate)
-    metrics["grad/norm"] = optax.tree.norm(grads)
-    # The step too: an optimizer may turn finite gradients into non-finite steps.
-    metrics["update/norm"] = optax.tree.norm(updates)
-    checked = (metrics["loss/total"], metrics["grad/norm"], metrics["update/norm"])
-    finite = jnp.isfinite(jnp.stack(checked)).all()
+    finite = jnp.isfinite(jnp.stack([metrics[name] for name in checked])).all()
     metrics["update/refused"] = 1 - finite.astype(jnp.float32)
-    params, ema_params, optimizer, average = jax.tree.map(
-        functools.partial(jnp.where, finite),
-        (params, ema_params, optimizer, average),
-        (state.params, state.ema_params, state.optimizer, state.average),
-    )
-    state = state.replace(
+    reached = state.replace(
         params=params,
         ema_params=ema_params,
         optimizer=optimizer,
         average=average,
-        step=state.step + 1,
+        after=after or None,
     )
-    return state, metrics
+    state = jax.tree.map(functools.partial(jnp.where, finite), reached, state)
+    return state.replace(step=state.step + 1), metrics
+
+
+def _own_step(
+    name: str, params: Params, state: AgentState, view: View, draws: Draws, *, config: Config
+) -> tuple[Params, Any, dict[str, Array]]:
+    """The step of a term with an optimizer of its own: parameters, its state, metrics."""
+    trained = {key: params[key] for key in TERMS[name].trains}
+
+    def loss(trained: Params) -> tuple[Array, dict[str, Array]]:
+        return evaluate(name, params | trained, state.ema_params, view, draws, config=config)
+
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+    assert state.after is not None
+    updates, optimizer = _own_optimizer(config).update(grads, state.after[name], trained)
+    norms = {f"loss/{name}": value, f"grad/{name}_norm": optax.tree.norm(grads)}
+    return params | optax.apply_updates(trained, updates), optimizer, metrics | norms
+
+
+def _track(params: Params, metrics: dict[str, Array], *, config: Config) -> Params:
+    """Move the running statistics of the terms."""
+    if "statistics" not in params:
+        return params
+    statistics = dict(params["statistics"])
+    for name in config.learn.terms:
+        track = TERMS[name].track
+        if track is not None:
+            statistics |= track(statistics, metrics, config=config)
+    return params | {"statistics": statistics}
 
 
 def update(

@@ -1,6 +1,6 @@
 """World models, one file each, and their registry."""
 
-from valdi_jax.dynamics import diffusion, flow, mlp
+from valdi_jax.dynamics import diffusion, flow, mlp, simplex
 from valdi_jax.dynamics.base import Dynamics
 from valdi_jax.registry import Registry
 
@@ -10,5 +10,6 @@ DYNAMICS: Registry[Dynamics] = Registry(
         "diffusion": diffusion.DYNAMICS,
         "flow": flow.DYNAMICS,
         "mlp": mlp.DYNAMICS,
+        "simplex": simplex.DYNAMICS,
     },
 )

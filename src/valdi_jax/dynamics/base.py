@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
@@ -22,18 +23,37 @@ class Dynamics(NamedTuple):
             ``valid`` is 0 where a target is padding.
         imagine: (params, z [..., D], actions [..., H, C * A], noise [..., H, D], *, config, steps)
             -> latents [..., H, D] that follow z. ``steps`` are the sampler's, if any.
+        step: (params, z [..., D], chunk [..., C * A], *, config) -> the next latent [..., D], of
+            models that imagine one step at a time.
     """
 
     init: Callable[..., Any]
     draw: Callable[..., Any]
     predict: Callable[..., tuple[Array, Array]]
     imagine: Callable[..., Array]
+    step: Callable[..., Array] | None = None
 
 
 def dummies(config: ModelConfig) -> tuple[Array, Array]:
     """Zero latent [1, D] and action chunks [1, H, C * A], for initialisation."""
     actions = jnp.zeros((1, config.horizon, config.chunk * config.action_dim))
     return jnp.zeros((1, config.latent_dim)), actions
+
+
+def unroll(step: Callable[[Array, Array], Array], z: Array, actions: Array) -> Array:
+    """Latents [..., H, D] that follow z [..., D] under chunks [..., H, C * A], one at a time."""
+
+    def body(z: Array, chunk: Array) -> tuple[Array, Array]:
+        z = step(z, chunk)
+        return z, z
+
+    _, trajectory = jax.lax.scan(body, z, jnp.moveaxis(actions, -2, 0))
+    return jnp.moveaxis(trajectory, 0, -2)
+
+
+def fading(steps: int, rho: float) -> Array:
+    """Weights rho^t [steps] of a rollout's losses."""
+    return rho ** jnp.arange(steps, dtype=jnp.float32)
 
 
 def masked_mean(x: Array, valid: Array) -> Array:

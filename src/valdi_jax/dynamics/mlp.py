@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
-from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
+from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean, unroll
 from valdi_jax.networks.layers import ResidualMLP, apply
 from valdi_jax.types import Array, Params
 
@@ -34,15 +35,14 @@ def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> None:
     """Nothing: the model is deterministic."""
 
 
+def step(params: Params, z: Array, chunk: Array, *, config: ModelConfig) -> Array:
+    """The latent [..., D] after an action chunk [..., C * A]."""
+    return apply(MLPDynamics(config), params, z, chunk)
+
+
 def rollout(params: Params, z: Array, actions: Array, *, config: ModelConfig) -> Array:
     """Latents [..., H, D] that follow z [..., D] under action chunks [..., H, C * A]."""
-
-    def step(z: Array, chunk: Array) -> tuple[Array, Array]:
-        z = apply(MLPDynamics(config), params, z, chunk)
-        return z, z
-
-    _, trajectory = jax.lax.scan(step, z, jnp.moveaxis(actions, -2, 0))
-    return jnp.moveaxis(trajectory, 0, -2)
+    return unroll(functools.partial(step, params, config=config), z, actions)
 
 
 def predict(
@@ -67,4 +67,4 @@ def imagine(
     return rollout(params, z, actions, config=config)
 
 
-DYNAMICS = Dynamics(init, draw, predict, imagine)
+DYNAMICS = Dynamics(init, draw, predict, imagine, step)

@@ -10,7 +10,7 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.data import augment
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.losses import dynamics, reward, sigreg, value
+from valdi_jax.losses import dynamics, energy, policy, q, reward, sigreg, value
 from valdi_jax.losses.base import Term, View
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Batch, Draws, Params
@@ -22,6 +22,9 @@ TERMS: Registry[Term] = Registry(
         "sigreg": sigreg.TERM,
         "reward": reward.TERM,
         "value": value.TERM,
+        "q": q.TERM,
+        "energy": energy.TERM,
+        "policy": policy.TERM,
     },
 )
 
@@ -40,21 +43,19 @@ def objective(
         draws: the update's random draws, from `draw`.
     """
     view = look(params, ema_params, batch, draws, config=config)
+    return combine(params, ema_params, view, draws, config=config)
+
+
+def combine(
+    params: Params, ema_params: Params, view: View, draws: Draws, *, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """`objective` of a batch that has been encoded."""
     losses: dict[str, Array] = {}
     metrics: dict[str, Array] = {}
     for name in config.learn.terms:
-        term = TERMS[name]
-        seen = view if "encoder" in term.trains else jax.lax.stop_gradient(view)
-        losses[name], values = term.loss(
-            {
-                key: tree if key in term.trains else jax.lax.stop_gradient(tree)
-                for key, tree in params.items()
-            },
-            ema_params,
-            seen,
-            draws.get(name),
-            config=config,
-        )
+        if TERMS[name].after:
+            continue
+        losses[name], values = evaluate(name, params, ema_params, view, draws, config=config)
         metrics |= values
     weights = {name: TERMS[name].weight(config) for name in losses}
     share = weights.pop("sigreg", 0.0)
@@ -63,6 +64,23 @@ def objective(
     if "sigreg" in losses:
         total = total + share * losses["sigreg"]
     return total, metrics | {"loss/total": total} | {f"loss/{k}": x for k, x in losses.items()}
+
+
+def evaluate(
+    name: str, params: Params, ema_params: Params, view: View, draws: Draws, *, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """One term's loss and metrics, with gradients only into what it trains."""
+    term = TERMS[name]
+    return term.loss(
+        {
+            key: tree if key in term.trains else jax.lax.stop_gradient(tree)
+            for key, tree in params.items()
+        },
+        ema_params,
+        view if "encoder" in term.trains else jax.lax.stop_gradient(view),
+        draws.get(name),
+        config=config,
+    )
 
 
 def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config) -> View:
@@ -90,12 +108,12 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         observations = jax.tree.map(lambda x: x[:, :steps], following)
         return model.encode_targets(params, observations, config=config)
 
-    if learn.td_encoder == "ema":  # one pass serves both
-        next_latents = encode_following(ema_params, horizon + 1)
+    encoders = {"ema": ema_params, "online": params}
+    next_latents = encode_following(encoders[learn.td_encoder], horizon + 1)
+    if learn.target_encoder == learn.td_encoder:  # one pass serves both
         targets = next_latents[:, :horizon]
     else:
-        next_latents = encode_following(params, horizon + 1)
-        targets = encode_following(ema_params, horizon)
+        targets = encode_following(encoders[learn.target_encoder], horizon)
 
     dynamics_loss, predicted = DYNAMICS[config.model.dynamics].predict(
         params["dynamics"],
@@ -113,6 +131,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         rewards=learn.reward_scale * jnp.asarray(batch.rewards),
         terminals=terminals,
         valid=valid,
+        scored=valid if learn.last_step else valid.at[:, -1].set(0),
         targets=targets,
         next_latents=next_latents,
         dynamics_loss=dynamics_loss,

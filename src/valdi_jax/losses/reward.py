@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from valdi_jax import model
 from valdi_jax.config import Config
-from valdi_jax.dynamics.base import masked_mean
-from valdi_jax.losses.base import Term, View
+from valdi_jax.dynamics.base import fading, masked_mean
+from valdi_jax.losses.base import Term, View, regression
 from valdi_jax.types import Array, Params
 
 
@@ -19,10 +19,12 @@ def chunk_rewards(rewards: Array, *, discount: float) -> Array:
 def loss(
     params: Params, ema_params: Params, view: View, draws: None, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean squared error of the chunks' rewards at the predicted latents."""
+    """Mean error of the chunks' rewards at the predicted latents, squared or cross entropy."""
     target = chunk_rewards(view.rewards, discount=config.learn.discount)
-    predicted = model.reward(params, view.trajectory, view.actions, config=config)
-    return masked_mean((predicted - target) ** 2, view.valid), {}
+    output = model.reward_output(params, view.trajectory, view.actions, config=config)
+    error = regression(output, target, config=config.model)
+    weights = fading(config.model.horizon + 1, config.model.rho)[None]
+    return masked_mean(error * weights, view.scored), {}
 
 
 TERM = Term(

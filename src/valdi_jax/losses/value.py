@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from valdi_jax import model
 from valdi_jax.config import Config
-from valdi_jax.dynamics.base import masked_mean
+from valdi_jax.dynamics.base import fading, masked_mean
 from valdi_jax.losses.base import Term, View
 from valdi_jax.losses.reward import chunk_rewards
 from valdi_jax.types import Array, Params
@@ -62,10 +62,11 @@ def loss(
         td_lambda=config.learn.td_lambda,
     )
     predicted = model.values(params, view.trajectory, config=config)  # [E, B, H + 1]
-    valid = view.valid[None]
-    return masked_mean((predicted - target[None]) ** 2, valid), {
+    weights = fading(config.model.horizon + 1, config.model.rho)[None, None]
+    valid = view.scored[None]
+    return masked_mean((predicted - target[None]) ** 2 * weights, valid), {
         "value/mean": masked_mean(predicted, valid),
-        "value/target_mean": masked_mean(target, view.valid),
+        "value/target_mean": masked_mean(target, view.scored),
     }
 
 

@@ -29,9 +29,10 @@ def _bias_init(fan_in: int):
     return init
 
 
-def apply(module: nn.Module, params: Params, *inputs: Any) -> Array:
-    """Apply a network that has no state besides its parameters."""
-    return cast(Array, module.apply({"params": params}, *inputs))
+def apply(module: nn.Module, params: Params, *inputs: Any, dropout: Array | None = None) -> Array:
+    """Apply a network that has no state besides its parameters; ``dropout`` is a PRNG key."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return cast(Array, module.apply({"params": params}, *inputs, rngs=rngs))
 
 
 def on_last_axis(vector: Array | np.ndarray, like: Array) -> Array | np.ndarray:

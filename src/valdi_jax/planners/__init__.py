@@ -12,9 +12,9 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
-from valdi_jax.planners import cem, icem, mppi
+from valdi_jax.planners import cem, icem, mbdpo, mppi
 from valdi_jax.planners.base import Planner, Problem, correlated_normal
-from valdi_jax.planners.scoring import over_devices, predicted_return
+from valdi_jax.planners.scoring import TailDraws, draw_tail, over_devices, predicted_return
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Params, Plan
 
@@ -24,6 +24,7 @@ PLANNERS: Registry[Planner] = Registry(
         "cem": cem.PLANNER,
         "icem": icem.PLANNER,
         "mppi": mppi.PLANNER,
+        "mbdpo": mbdpo.PLANNER,
     },
 )
 
@@ -81,8 +82,19 @@ def _plan(
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
     z = model.encode(params, obs, config=config)
-    scoring = {name: params[name] for name in ("dynamics", "reward", "value")}
-    scoring = jax.tree.map(lambda x: x.astype(settings.precision), scoring)
+    scoring = {
+        name: jax.tree.map(lambda x: x.astype(settings.precision), tree)
+        for name, tree in params.items()
+        if name not in ("encoder", "normalizer", "statistics")
+    }
+    if "statistics" in params:
+        scoring["statistics"] = params["statistics"]
+
+    def scored(
+        params: Params, z: Array, actions: Array, noise: Array, tail: TailDraws | None
+    ) -> Array:
+        steps = settings.diffusion_steps
+        return predicted_return(params, z, actions, noise, config=config, steps=steps, tail=tail)
 
     def score(sequences: Array, key: Array) -> Array:
         count = sequences.shape[0]
@@ -93,11 +105,22 @@ def _plan(
             noise = jnp.broadcast_to(noise, (count, *noise_shape))
         else:
             noise = jax.random.normal(key, (count, *noise_shape))
-        return over_devices(
-            functools.partial(predicted_return, config=config, steps=settings.diffusion_steps)
-        )(scoring, z, actions, noise)
+        tail = draw_tail(jax.random.fold_in(key, 1), (count,), config=config)
+        return over_devices(scored)(scoring, z, actions, noise, tail)
 
-    problem = Problem(config.search_shape, config.model.chunk // settings.action_hold, score)
+    def propose(key: Array) -> Array:
+        chunks = propose_chunks(
+            scoring, z, _policy_noise(key, config), config=config, precision=settings.precision
+        )
+        actions = chunks.reshape(settings.policy_candidates, *config.plan_shape)
+        return actions[:, :: settings.action_hold].astype(jnp.float32)
+
+    problem = Problem(
+        config.search_shape,
+        config.model.chunk // settings.action_hold,
+        score,
+        propose if settings.policy_candidates and "policy" in params else None,
+    )
     carry = first_carry(config) if carry is None else carry
     found, carry = planner.search(problem, carry, search_key, config=settings)
     found_score = found.score
@@ -111,6 +134,35 @@ def _plan(
         std=hold(found.std, settings.action_hold),
         carry=carry,
     )
+
+
+def _policy_noise(key: Array, config: Config) -> Array:
+    """Standard normal noise [H, P, C * A] of the policy's rollouts."""
+    size = config.model.chunk * config.model.action_dim
+    return jax.random.normal(key, (config.model.horizon, config.planner.policy_candidates, size))
+
+
+def propose_chunks(
+    params: Params, z: Array, noise: Array, *, config: Config, precision: str = "float32"
+) -> Array:
+    """Rollouts [P, H, C * A] of the policy prior through the dynamics from a latent z [D].
+
+    Args:
+        params: all networks, with a policy.
+        z: [D].
+        noise: [H, P, C * A] standard normal.
+        config: the run's configuration.
+        precision: in which the networks compute.
+    """
+    z = jnp.broadcast_to(z, (noise.shape[1], z.shape[-1])).astype(precision)
+
+    def step(z: Array, noise: Array) -> tuple[Array, Array]:
+        chunk = model.policy(params, z, noise.astype(precision), config=config).action
+        following = model.imagine_step(params["dynamics"], z, chunk, config=config.model)
+        return following.astype(precision), chunk
+
+    _, chunks = jax.lax.scan(step, z, noise)
+    return jnp.swapaxes(chunks, 0, 1)
 
 
 def _check_arguments(params: Any, obs: Any, key: Any, noise_std: Any) -> None:

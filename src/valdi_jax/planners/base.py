@@ -20,11 +20,13 @@ class Problem(NamedTuple):
         shape: [S, A] of a sequence of actions.
         executed: leading actions that are executed before the next search.
         score: (sequences [N, S, A] in [-1, 1], key) -> scores [N], to be maximised; differentiable.
+        propose: (key) -> sequences [P, S, A] of the policy prior, if there is one.
     """
 
     shape: tuple[int, int]
     executed: int
     score: Callable[[Array, Array], Array]
+    propose: Callable[[Array], Array] | None = None
 
 
 class Found(struct.PyTreeNode):
@@ -58,6 +60,14 @@ def clip(actions: Array) -> Array:
 def no_nan(scores: Array) -> Array:
     """Scores [N] with NaN replaced by -inf, so that such candidates are chosen last."""
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def with_proposals(samples: Array, problem: Problem, key: Array) -> Array:
+    """Samples [N, S, A] of which the first P are the policy prior's, if there is one."""
+    if problem.propose is None:
+        return samples
+    proposals = problem.propose(key)
+    return jnp.concatenate([proposals, samples[proposals.shape[0] :]])
 
 
 def shift(sequence: Array, executed: int) -> Array:

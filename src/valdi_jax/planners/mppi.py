@@ -1,7 +1,8 @@
-"""MPPI as in TD-MPC2 (Williams et al., 2015; Hansen et al., 2024), without its policy prior.
+"""MPPI as in TD-MPC2 (Williams et al., 2015; Hansen et al., 2024).
 
-Each refit weights the elites by a softmax of their returns and bounds the standard deviation. The
-next decision starts from the shifted mean. It searches in action space, with clipping.
+The policy prior, if there is one, proposes some of the candidates. Each refit weights the elites by
+a softmax of their returns and bounds the standard deviation. The next decision starts from the
+shifted mean. It searches in action space, with clipping.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from valdi_jax.config import PlannerConfig
-from valdi_jax.planners.base import Found, Planner, Problem, clip, no_nan, shift
+from valdi_jax.planners.base import (
+    Found,
+    Planner,
+    Problem,
+    clip,
+    no_nan,
+    shift,
+    with_proposals,
+)
 from valdi_jax.types import Array
 
 
@@ -23,6 +32,7 @@ class MPPIState(NamedTuple):
     std: Array  # [S, A]
     best: Array  # [S, A] best candidate seen so far
     best_score: Array  # []
+    drawn: Array  # [S, A] an elite of the last iteration, by its weight
 
 
 def init(shape: tuple[int, int], *, config: PlannerConfig) -> Array:
@@ -35,11 +45,15 @@ def search(
 ) -> tuple[Found, Array]:
     """Search with MPPI, as the module describes."""
     settings = config.mppi
+    first_key = key
 
     def iterate(state: MPPIState, key: Array) -> tuple[MPPIState, None]:
         sample_key, score_key = jax.random.split(key)
+        draw_key = jax.random.fold_in(sample_key, 1)
         noise = jax.random.normal(sample_key, (config.candidates, *problem.shape))
         samples = clip(state.mean[None] + state.std[None] * noise)
+        # As in TD-MPC2, the same proposals in every iteration.
+        samples = with_proposals(samples, problem, jax.random.fold_in(first_key, 1))
         scores = no_nan(problem.score(samples, score_key))
         elite_scores, indices = jax.lax.top_k(scores, config.elites)
         elite = samples[indices]
@@ -54,16 +68,20 @@ def search(
             std=jnp.clip(jnp.sqrt(variance), settings.min_std, settings.max_std),
             best=jnp.where(improved, elite[0], state.best),
             best_score=jnp.where(improved, elite_scores[0], state.best_score),
+            drawn=elite[jax.random.choice(draw_key, config.elites, p=weights)]
+            if config.answer == "sample"
+            else state.drawn,
         ), None
 
     std = jnp.full(problem.shape, settings.max_std)
-    state = MPPIState(mean=carry, std=std, best=carry, best_score=jnp.float32(-jnp.inf))
+    worst = jnp.float32(-jnp.inf)
+    state = MPPIState(mean=carry, std=std, best=carry, best_score=worst, drawn=carry)
     state, _ = jax.lax.scan(iterate, state, jax.random.split(key, config.iterations))
-    found = (
-        Found(state.best, state.best_score, state.mean, state.std)
-        if config.answer == "best"
-        else Found(state.mean, None, state.mean, state.std)
-    )
+    if config.answer == "best":
+        found = Found(state.best, state.best_score, state.mean, state.std)
+    else:
+        answer = state.drawn if config.answer == "sample" else state.mean
+        found = Found(answer, None, state.mean, state.std)
     return found, shift(state.mean, problem.executed)
 
 

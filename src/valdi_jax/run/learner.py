@@ -242,9 +242,11 @@ def check_names(config: Config) -> None:
     )
     for registry, name in named:
         registry[name]  # raises
-    networks = {"encoder", "dynamics", "reward", "value", *config.model.networks}
+    networks = {"encoder", "dynamics", "reward", *config.model.networks}
+    if "q" not in networks:
+        networks.add("value")
     for name in config.learn.terms:
-        for network in TERMS[name].trains:
+        for network in (*TERMS[name].trains, *TERMS[name].needs):
             if network not in networks:
                 raise UsageError(f"--learn.terms: {name} needs --model.networks {network}")
 

@@ -1,0 +1,75 @@
+"""MBDPO's search, a reverse diffusion over the action sequence (2605.26282).
+
+Its score function is the softmax-weighted mean of the elites, and cancels: each step replaces the
+mean by it and falls to the next, fixed noise level. The next decision starts from the shifted
+answer. It searches in action space, with clipping.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax.config import MBDPOConfig, PlannerConfig
+from valdi_jax.planners.base import Found, Planner, Problem, clip, shift, with_proposals
+from valdi_jax.types import Array
+
+
+def schedule(settings: MBDPOConfig) -> tuple[np.ndarray, np.float32]:
+    """Falling standard deviations [S - 1] of the candidates, and the factor on the last mean."""
+    betas = np.linspace(settings.beta_start, settings.beta_end, settings.steps)
+    kept = np.cumprod(1 - betas)
+    spread = np.sqrt((1 - kept) / kept)[:0:-1]
+    return spread.astype(np.float32), np.float32(np.sqrt(kept[0]))
+
+
+def weighted_mean(
+    samples: Array, scores: Array, *, elites: int, temperature: float
+) -> tuple[Array, Array, Array]:
+    """Mean [S, A] of the K best samples [N, S, A], their weights [K] and indices [K].
+
+    Weights are a softmax of the standardised scores [N]; NaN counts as the worst score.
+    """
+    finite = jnp.isfinite(scores)
+    worst = jnp.min(jnp.where(finite, scores, jnp.inf))
+    scores = jnp.where(finite, scores, jnp.where(jnp.isfinite(worst), worst, 0))
+    std = jnp.std(scores, ddof=1)
+    standard = (scores - scores.mean()) / jnp.where(std < 1e-4, 1, std)
+    best, indices = jax.lax.top_k(standard, elites)
+    weights = jax.nn.softmax(best / temperature)
+    return jnp.einsum("k,k...->...", weights, samples[indices]), weights, indices
+
+
+def init(shape: tuple[int, int], *, config: PlannerConfig) -> Array:
+    """Initial mean [S, A]."""
+    return jnp.zeros(shape)
+
+
+def search(
+    problem: Problem, carry: Array, key: Array, *, config: PlannerConfig
+) -> tuple[Found, Array]:
+    """Search from high to low noise, as the module describes."""
+    spread, shrink = schedule(config.mbdpo)
+
+    def denoise(mean: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        std, key = inputs
+        sample_key, score_key, propose_key = jax.random.split(key, 3)
+        noise = jax.random.normal(sample_key, (config.candidates, *problem.shape))
+        samples = with_proposals(clip(mean[None] + std * noise), problem, propose_key)
+        mean, _, _ = weighted_mean(
+            samples,
+            problem.score(samples, score_key),
+            elites=config.elites,
+            temperature=config.mbdpo.temperature,
+        )
+        return mean, None
+
+    keys = jax.random.split(key, len(spread))
+    mean, _ = jax.lax.scan(denoise, carry, (jnp.asarray(spread), keys))
+    answer = clip(shrink * mean)
+    std = jnp.full(problem.shape, spread[-1])
+    return Found(answer, None, answer, std), shift(answer, problem.executed)
+
+
+PLANNER = Planner(init, search, squash=clip)
