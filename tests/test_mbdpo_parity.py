@@ -13,13 +13,13 @@ import pytest
 from conftest import PARITY
 
 from valdi_jax import losses, model
-from valdi_jax.config import Config
+from valdi_jax.config import Config, PlannerConfig
 from valdi_jax.losses import energy, objective, policy, q
 from valdi_jax.losses.value import td_targets
 from valdi_jax.networks.twohot import decode, two_hot
 from valdi_jax.observation import Observation
 from valdi_jax.planners import mbdpo, propose_chunks
-from valdi_jax.planners.base import clip, shift
+from valdi_jax.planners.base import Problem, clip, shift
 from valdi_jax.planners.scoring import TailDraws, end_value, predicted_return
 from valdi_jax.types import Batch
 from valdi_jax.updates import _first_state, apply_update
@@ -445,8 +445,7 @@ def test_a_plan_of_the_default_size(ref):
 def test_the_search_replays_with_its_own_draws(ref):
     """The scan is the loop that the plans above are held against."""
     n = ref.n
-    config = CONFIG.planner.__class__(kind="mbdpo", candidates=64, elites=16)
-    from valdi_jax.planners.base import Problem
+    config = PlannerConfig(kind="mbdpo", candidates=64, elites=16)
 
     def toy(sequences, key):
         return -jnp.sum((sequences - 0.3) ** 2, axis=(1, 2)) + jax.random.normal(
@@ -459,8 +458,8 @@ def test_the_search_replays_with_its_own_draws(ref):
     found, after = mbdpo.search(problem, carry, key, config=config)
     spread, shrink = mbdpo.schedule(config.mbdpo)
     mean = carry
-    for std, each in zip(spread, jax.random.split(key, 19), strict=True):
-        sample_key, score_key, _ = jax.random.split(each, 3)
+    sample_keys, score_keys, _ = jax.random.split(key, (3, 19))
+    for std, sample_key, score_key in zip(spread, sample_keys, score_keys, strict=True):
         noise = jax.random.normal(sample_key, (64, HORIZON, ACTIONS))
         samples = clip(mean[None] + std * noise)
         scores = toy(samples, score_key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from valdi_jax.config import (
     CheckpointConfig,
@@ -11,6 +12,7 @@ from valdi_jax.config import (
     EnvConfig,
     EvalConfig,
     LearnConfig,
+    MBDPOConfig,
     ModelConfig,
     PlannerConfig,
     ReplayConfig,
@@ -62,6 +64,62 @@ _WALKER = _VECTOR.replace(
     eval={"every": 50, "episodes": 10},
 )
 
+# What another method changes in an environment's own preset.
+_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    # Its search, its energy and a policy prior on Valdi's world model, sized for two cores.
+    "mbdpo": {
+        "model": {"networks": ("policy", "energy")},
+        "planner": {
+            "kind": "mbdpo",
+            "candidates": 64,
+            "elites": 16,
+            "policy_candidates": 8,
+            "mbdpo": MBDPOConfig(steps=8),
+        },
+        "learn": {"terms": ("dynamics", "reward", "value", "sigreg", "energy", "policy")},
+    },
+    # TD-MPC2's world model, critics, policy prior and MPPI, sized for two cores.
+    "tdmpc2": {
+        "model": {
+            "encoder": "simplex",
+            "dynamics": "simplex",
+            "networks": ("q", "policy"),
+            "normalize": False,
+            "horizon": 3,
+            "chunk": 1,
+            "latent_dim": 128,
+            "encoder_width": 256,
+            "mlp_width": 256,
+            "reward_width": 256,
+            "value_width": 256,
+            "bins": 101,
+            "dropout": 0.01,
+            "rho": 0.5,
+        },
+        "planner": {
+            "kind": "mppi",
+            "answer": "sample",
+            "candidates": 64,
+            "elites": 16,
+            "iterations": 6,
+            "policy_candidates": 8,
+        },
+        "learn": {
+            "terms": ("dynamics", "reward", "q", "policy"),
+            "diffusion_weight": 20.0,
+            "reward_weight": 0.1,
+            "value_weight": 0.1,
+            "max_grad_norm": 20.0,
+            "encoder_rate": 0.3,
+            "ema_rate": 0.01,
+            "target_encoder": "online",
+            "td_encoder": "online",
+            "last_step": False,
+            "updates_per_step": 1.0,
+            "reward_scale": 1.0,
+        },
+    },
+}
 
 PRESETS: dict[str, Config] = {
     # Every value of the paper's Table 3.
@@ -161,6 +219,7 @@ PRESETS: dict[str, Config] = {
     "bipedalwalker": _WALKER,
     "bipedalwalker-hardcore": _WALKER.replace(env={"name": "bipedalwalker-hardcore"}),
 }
+PRESETS |= {name: _VECTOR.replace(**changes) for name, changes in _METHODS.items()}
 
 
 def default_config(env: str | None, preset: str | None) -> Config:
@@ -171,6 +230,9 @@ def default_config(env: str | None, preset: str | None) -> Config:
     """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if preset in _METHODS and env is not None:
+        base = default_config(env, "cpu" if env == "carracing" else None)
+        return base.replace(**_METHODS[preset])
     if env is None:
         env = "carracing" if preset is None else PRESETS[preset].env.name
     named = env if env in PRESETS else env.partition(":")[0]

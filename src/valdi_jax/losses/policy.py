@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from valdi_jax import model
 from valdi_jax.config import Config
+from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.dynamics.base import fading, masked_mean
 from valdi_jax.losses.base import Term, View
 from valdi_jax.planners.scoring import draw_pair
@@ -49,24 +50,32 @@ def action_value(
 def loss(
     params: Params, ema_params: Params, view: View, draws: PolicyDraws, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Minus value and entropy of samples at the predicted latents.
+    """Minus value and entropy of samples at the predicted latents, or at the first alone.
 
     The value is divided by a running range: its 5th to 95th percentile at the first latent.
     """
     settings = config.learn.policy
-    sample = model.policy(params, view.trajectory, draws.noise, config=config)
-    values = action_value(params, view.trajectory, sample.action, draws.pair, config=config)
+    # Without critics, a model of whole trajectories would imagine one for each of these latents.
+    steps = 1 if draws.pair is None and whole_trajectories(config) else config.model.horizon + 1
+    z, actions, valid = (x[:, :steps] for x in (view.trajectory, view.actions, view.valid))
+    sample = model.policy(params, z, draws.noise[:, :steps], config=config)
+    values = action_value(params, z, sample.action, draws.pair, config=config)
     low, high = jnp.percentile(jax.lax.stop_gradient(values[:, 0]), jnp.array([5.0, 95.0]))
     spread = params["statistics"]["q_range"]
     spread = spread + settings.scale_rate * (jnp.maximum(high - low, 1) - spread)
     gain = settings.entropy * sample.scaled_entropy + values / spread
-    weights = fading(config.model.horizon + 1, config.model.rho)[None]
-    drift = jnp.abs(jnp.tanh(sample.mean) - view.actions).mean(axis=-1)
-    return -masked_mean(gain * weights, view.valid), {
+    weights = fading(steps, config.model.rho)[None]
+    drift = jnp.abs(jnp.tanh(sample.mean) - actions).mean(axis=-1)
+    return -masked_mean(gain * weights, valid), {
         "policy/q_range": spread,
-        "policy/entropy": masked_mean(sample.entropy, view.valid),
-        "policy/drift": masked_mean(drift, view.valid),
+        "policy/entropy": masked_mean(sample.entropy, valid),
+        "policy/drift": masked_mean(drift, valid),
     }
+
+
+def whole_trajectories(config: Config) -> bool:
+    """Whether the world model imagines whole trajectories, not single steps."""
+    return DYNAMICS[config.model.dynamics].step is None
 
 
 def track(

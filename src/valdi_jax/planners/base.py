@@ -62,11 +62,10 @@ def no_nan(scores: Array) -> Array:
     return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
 
-def with_proposals(samples: Array, problem: Problem, key: Array) -> Array:
-    """Samples [N, S, A] of which the first P are the policy prior's, if there is one."""
-    if problem.propose is None:
+def with_proposals(samples: Array, proposals: Array | None) -> Array:
+    """Samples [N, S, A] of which the first P are the policy prior's [P, S, A], if there is one."""
+    if proposals is None:
         return samples
-    proposals = problem.propose(key)
     return jnp.concatenate([proposals, samples[proposals.shape[0] :]])
 
 

@@ -7,6 +7,8 @@ answer. It searches in action space, with clipping.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,15 @@ import numpy as np
 from valdi_jax.config import MBDPOConfig, PlannerConfig
 from valdi_jax.planners.base import Found, Planner, Problem, clip, shift, with_proposals
 from valdi_jax.types import Array
+
+
+class Level(NamedTuple):
+    """What one iteration takes."""
+
+    std: Array  # [] of the candidates
+    sample_key: Array
+    score_key: Array
+    proposals: Array | None  # [P, S, A] of the policy prior, if there is one
 
 
 def schedule(settings: MBDPOConfig) -> tuple[np.ndarray, np.float32]:
@@ -52,21 +63,23 @@ def search(
     """Search from high to low noise, as the module describes."""
     spread, shrink = schedule(config.mbdpo)
 
-    def denoise(mean: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
-        std, key = inputs
-        sample_key, score_key, propose_key = jax.random.split(key, 3)
-        noise = jax.random.normal(sample_key, (config.candidates, *problem.shape))
-        samples = with_proposals(clip(mean[None] + std * noise), problem, propose_key)
+    sample_keys, score_keys, propose_keys = jax.random.split(key, (3, len(spread)))
+    # The prior's proposals do not depend on the mean: those of all levels cost one rollout.
+    proposals = None if problem.propose is None else jax.vmap(problem.propose)(propose_keys)
+
+    def denoise(mean: Array, level: Level) -> tuple[Array, None]:
+        noise = jax.random.normal(level.sample_key, (config.candidates, *problem.shape))
+        samples = with_proposals(clip(mean[None] + level.std * noise), level.proposals)
         mean, _, _ = weighted_mean(
             samples,
-            problem.score(samples, score_key),
+            problem.score(samples, level.score_key),
             elites=config.elites,
             temperature=config.mbdpo.temperature,
         )
         return mean, None
 
-    keys = jax.random.split(key, len(spread))
-    mean, _ = jax.lax.scan(denoise, carry, (jnp.asarray(spread), keys))
+    levels = Level(jnp.asarray(spread), sample_keys, score_keys, proposals)
+    mean, _ = jax.lax.scan(denoise, carry, levels)
     answer = clip(shrink * mean)
     std = jnp.full(problem.shape, spread[-1])
     return Found(answer, None, answer, std), shift(answer, problem.executed)

@@ -45,15 +45,15 @@ def search(
 ) -> tuple[Found, Array]:
     """Search with MPPI, as the module describes."""
     settings = config.mppi
-    first_key = key
+    # As in TD-MPC2, the same in every iteration.
+    proposals = None if problem.propose is None else problem.propose(jax.random.fold_in(key, 1))
 
     def iterate(state: MPPIState, key: Array) -> tuple[MPPIState, None]:
         sample_key, score_key = jax.random.split(key)
         draw_key = jax.random.fold_in(sample_key, 1)
         noise = jax.random.normal(sample_key, (config.candidates, *problem.shape))
         samples = clip(state.mean[None] + state.std[None] * noise)
-        # As in TD-MPC2, the same proposals in every iteration.
-        samples = with_proposals(samples, problem, jax.random.fold_in(first_key, 1))
+        samples = with_proposals(samples, proposals)
         scores = no_nan(problem.score(samples, score_key))
         elite_scores, indices = jax.lax.top_k(scores, config.elites)
         elite = samples[indices]

@@ -258,6 +258,8 @@ def check(example: Observation, config: Config) -> None:
         UsageError: as `Learner`, or if the configuration holds an unknown name.
     """
     check_names(config)
+    if config.model.encoder == "simplex" and example.image is not None:
+        raise UsageError("--model.encoder simplex takes vector observations; these have an image")
     place(example, config)
     shardings(config.learn.batch_size, sharing(config))
 
