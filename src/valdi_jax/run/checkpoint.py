@@ -579,6 +579,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
         step=training["step"],
         key=jax.random.wrap_key_data(training["key"]),
         average=jax.tree.map(jnp.copy, acting) if config.learn.average else None,
+        after=training.get("after"),
     )
     return state, _load_progress(checkpoint / "progress.json")
 
@@ -728,6 +729,8 @@ def _training_tree(state: AgentState) -> dict[str, Any]:
         "step": state.step,
         "key": jax.random.key_data(state.key),
     }
+    if state.after is not None:
+        tree["after"] = state.after
     return tree if state.average is None else tree | {"params": state.params}
 
 
