@@ -468,6 +468,16 @@ def test_the_search_replays_with_its_own_draws(ref):
     close(after, shift(found.sequence, 1))
 
 
+def test_the_authors_sizes_have_their_number_of_parameters():
+    wide = dict.fromkeys(("latent_dim", "mlp_width", "reward_width", "value_width"), 512)
+    config = CONFIG.replace(model=wide | {"policy_width": 512, "encoder_width": 256})
+    example = Observation(vector=np.zeros(17, np.float32))
+    shapes = jax.eval_shape(
+        functools.partial(model.init_params, config=config), jax.random.key(0), example
+    )
+    assert round(model.parameter_count(shapes) / 1e6, 2) == 5.49  # cheetah's, "size 5"
+
+
 def test_decoding_inverts_two_hot():
     x = jnp.array([-300.0, -1.5, 0.0, 0.2, 7.0])
     sharp = jnp.log(two_hot(x, 1001) + 1e-30)
