@@ -164,6 +164,10 @@ def test_an_episode_ends_at_the_given_limit_or_the_environments_own():
         assert not chunk.terminated
 
 
+def silent(**settings):
+    assert False  # noqa: B011, PT015
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -172,11 +176,13 @@ def test_an_episode_ends_at_the_given_limit_or_the_environments_own():
         ("gym:ValdiEndless-v0", "no time limit of its own: give one with --env.max-steps"),
         ("gym:CartPole-v1", "discrete.*continuous"),
         ("gym:FrozenLake-v1", "of the kind Discrete, not an array"),
+        ("gym:ValdiSilent-v0", r"AssertionError: assert False .*test_envs.py, line \d+\)"),
     ],
 )
 def test_an_unsupported_environment_is_refused_in_one_sentence(name, message):
     if "ValdiEndless-v0" not in gym.registry:
         gym.register("ValdiEndless-v0", Counting)
+        gym.register("ValdiSilent-v0", silent, max_episode_steps=9)
     with pytest.raises(UsageError, match=message) as caught:
         interface_of(functools.partial(make_env, EnvConfig(name=name, max_steps=0), training=True))
     assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -85,6 +86,15 @@ def import_modules(names: Sequence[str]) -> None:
 _IMPORTS = "VALDI_JAX_IMPORT"  # processes inherit it; a configuration file cannot set it
 
 
+def _reason(error: Exception) -> str:
+    """An exception in one line; where it says nothing, the place that raised it."""
+    said = str(error).strip()
+    if not said:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{place.line} ({place.filename}, line {place.lineno})"
+    return f"{type(error).__name__}: {said}".splitlines()[0][:300]
+
+
 def _import_modules() -> None:
     for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
         try:
@@ -123,7 +133,7 @@ def make_registered(
             **settings,
         )
     except Exception as error:  # anything, e.g. a missing package or argument
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = _reason(error)
         hint = (
             "--env.import names a module that registers it"
             if isinstance(error, gym.error.UnregisteredEnv)
