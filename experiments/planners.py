@@ -31,14 +31,17 @@ ITERATIONS = {"cem": 4, "icem": 4, "mppi": 4, "mbdpo": 7}
 
 def settings(kind: str, evaluations: int, base: PlannerConfig) -> PlannerConfig:
     """A planner that scores about so many sequences."""
-    candidates = max(evaluations // ITERATIONS[kind], 8)
+    iterations = ITERATIONS[kind]
+    # iCEM's population decays from one iteration to the next.
+    share = sum(base.icem.decay**-i for i in range(iterations)) if kind == "icem" else iterations
+    candidates = max(int(evaluations / share), 8)
     return dataclasses.replace(
         base,
         kind=kind,
         answer="mean",
         candidates=candidates,
         elites=max(candidates // (4 if kind == "mbdpo" else 8), 2),
-        iterations=ITERATIONS[kind],
+        iterations=iterations,
         policy_candidates=min(base.policy_candidates, candidates - 1),
         mbdpo=MBDPOConfig(steps=ITERATIONS["mbdpo"] + 1),
     )

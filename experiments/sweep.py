@@ -3,8 +3,8 @@
 python experiments/sweep.py runs/grid --tasks pendulum lunarlander --agents diffusion mlp \\
     "wide=--model.value-width 512" --seeds 0 1 2 --cores 0 1 [-- OPTIONS OF ALL RUNS]
 
-Each core trains one run at a time. Ctrl-C saves all of them; the same command goes on. At the end,
-or at once with --gather, it prints a table of the evaluations.
+Each core trains one run at a time. Ctrl-C saves all of them; the same command goes on, each run
+with the options it began with. At the end, or at once with --gather, it prints a table of scores.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Cell:
 
     def command(self) -> list[str]:
         start = [sys.executable, "-m", "valdi_jax.train"]
-        if (self.directory / "config.json").exists():
+        if self._started():
             return [*start, "--resume", str(self.directory)]
         chosen = ["--env", self.task, "--seed", str(self.seed), *self.options]
         return [*start, "--run-dir", str(self.directory), *chosen]
@@ -52,18 +52,24 @@ class Cell:
     def episodes(self) -> tuple[int, int]:
         """Episodes of the run so far, and in all (0 before it starts)."""
         records = _read(self.directory / "metrics.jsonl")
-        try:
-            config = json.loads((self.directory / "config.json").read_text())
-        except FileNotFoundError:
-            return 0, 0
         done = records[-1]["episode"] + 1 if records else 0  # they count from 0
-        return done, config["collect"]["episodes"]
+        return done, self._config()["collect"]["episodes"] if self._started() else 0
 
     def finished(self) -> bool:
-        """Whether the evaluation at the end was made."""
+        """Whether all episodes are driven, and evaluated as often as the run evaluates."""
         done, episodes = self.episodes()
+        if not self._started() or done < episodes:
+            return False
+        every = self._config()["eval"]["every"]
+        due = episodes // every * every if every else 0
         scores = _read(self.directory / "evaluations.jsonl")
-        return bool(scores) and done == episodes == scores[-1]["episode"] + 1
+        return not due or (bool(scores) and scores[-1]["episode"] + 1 >= due)
+
+    def _started(self) -> bool:
+        return (self.directory / "config.json").exists()
+
+    def _config(self) -> dict:
+        return json.loads((self.directory / "config.json").read_text())
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Decisions and mean return of each evaluation."""
@@ -194,7 +200,7 @@ def interquartile_mean(values: np.ndarray) -> float:
 
 
 def table(cells: list[Cell], step: float = np.inf) -> str:
-    """Markdown: each task's last evaluation up to a number of decisions, over the seeds."""
+    """Markdown: each task's last evaluation up to so many decisions, over seeds that got there."""
     agents = list(dict.fromkeys(cell.agent for cell in cells))
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     ends = {(c.task, c.agent, c.seed): last_return(c, step) for c in cells}
@@ -222,8 +228,10 @@ def table(cells: list[Cell], step: float = np.inf) -> str:
 
 
 def last_return(cell: Cell, step: float = np.inf) -> float | None:
-    """Mean return of a run's last evaluation up to a number of decisions."""
+    """Mean return of a run's last evaluation up to a number of decisions, if it got so far."""
     steps, returns = cell.curve()
+    if step < np.inf and not any(steps >= 0.95 * step):
+        return None
     within = returns[steps <= step]
     return float(within[-1]) if len(within) else None
 

@@ -12,8 +12,10 @@ from toy import CONFIG, make_counting
 
 from valdi_jax import Agent, model
 from valdi_jax.checkpoint import main
-from valdi_jax.config import MBDPOConfig, PlannerConfig
+from valdi_jax.config import MBDPOConfig, PlannerConfig, validate
+from valdi_jax.data.rollout import exploration_noise
 from valdi_jax.errors import UsageError
+from valdi_jax.networks.twohot import decode, two_hot
 from valdi_jax.observation import Observation
 from valdi_jax.planners import PLANNERS, plan, propose_chunks
 from valdi_jax.planners.base import Problem
@@ -99,7 +101,7 @@ def test_a_method_exports_and_acts(trained, tmp_path):
 def test_a_method_keeps_the_task_of_an_environment(method, env):
     config, own = default_config(env, method), default_config(env, None)
     assert config.env == own.env
-    assert config.collect == own.collect
+    assert dataclasses.replace(config.collect, seed_noise=0.0) == own.collect
     assert config.planner.kind == PRESETS[method].planner.kind
     assert config.learn.bootstrap_terminal == own.learn.bootstrap_terminal
 
@@ -111,16 +113,27 @@ def test_mbdpo_takes_images_and_tdmpc2_says_that_it_does_not():
         learner.check(image, default_config("carracing", "tdmpc2"))
 
 
+def checked(config):
+    validate(config)
+    learner.check_names(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": {"networks": ("policy",)}}, "energy needs --model.networks energy"),
-        ({"learn": {"terms": ("dynamics", "q")}}, "q needs --model.networks q"),
+        ({"learn": {"terms": ("q", "policy", "energy")}}, "q needs --model.networks q"),
+        ({"learn": {"terms": ("dynamics", "energy")}}, "networks has policy: give --learn.terms"),
+        ({"model": {"networks": ("q", "policy")}}, "networks has q: give --learn.terms q too"),
+        ({"model": {"encoder": "simplex"}}, "need each other"),
+        ({"model": {"bins": 1}}, "must be 0 or at least 2"),
+        ({"planner": {"policy_candidates": 64}}, "must be below --planner.candidates"),
+        ({"planner": {"answer": "sample"}}, "is for --planner.kind mppi"),
     ],
 )
-def test_a_term_without_its_network_is_refused(change, message):
+def test_what_does_not_fit_together_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
-        learner.check_names(PRESETS["mbdpo"].replace(**change))
+        checked(PRESETS["mbdpo"].replace(**change))
 
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "flow", "mlp"])
@@ -160,6 +173,19 @@ def test_a_search_takes_the_best_of_what_the_policy_proposes(kind):
     )
     worse = float(jnp.abs(alone.sequence - target).sum())
     assert float(jnp.abs(found.sequence - target).sum()) < 0.5 * worse
+
+
+def test_seed_episodes_have_their_own_noise():
+    config = PRESETS["tdmpc2"].collect
+    assert exploration_noise(-1, config) == 1.0
+    assert exploration_noise(0, config) == config.noise_start
+    assert exploration_noise(-1, PRESETS["gym"].collect) == PRESETS["gym"].collect.noise_start
+
+
+def test_two_hot_values_keep_their_precision_in_bfloat16():
+    logits = jnp.log(two_hot(jnp.linspace(95.0, 100.0, 11), 101) + 1e-6)
+    half = decode(logits.astype(jnp.bfloat16))
+    np.testing.assert_allclose(half, decode(logits), rtol=1e-2)
 
 
 def test_the_energy_of_a_candidate_enters_its_return():

@@ -35,7 +35,7 @@ def fake_run(directory, returns):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     for name in ("metrics", "evaluations"):
         (directory / f"{name}.jsonl").write_text(lines)
-    config = {"collect": {"episodes": 10 * len(returns)}}
+    config = {"collect": {"episodes": 10 * len(returns)}, "eval": {"every": 10}}
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -81,6 +81,7 @@ def test_the_table_takes_the_last_evaluation_up_to_a_step(sweep, tmp_path):
     lines = sweep.table(cells, step=12_000).splitlines()
     assert lines[2:4] == ["| a | 20 ± 10 (2) |", "| b | 30 ± 10 (2) |"]
     assert lines[4].startswith("| interquartile mean, 95% interval | 25 [")
+    assert sweep.table(cells, step=20_000).splitlines()[2] == "| a |  |"  # they end at 15,000
 
 
 def test_the_interval_resamples_within_tasks(sweep):

@@ -362,6 +362,9 @@ class CollectConfig:
     these updates. The ratio of updates to environment steps stays the same."""
     worker_timeout: Positive = 60.0
     """Seconds after which an unresponsive worker process is replaced."""
+    seed_noise: Weight = 0.0
+    """Standard deviation of the exploration noise in the seed episodes; 0 for that of the first
+    episode after them."""
     noise_start: Weight = 0.25
     """Initial standard deviation of the exploration noise, added before tanh."""
     noise_end: Weight = 0.05
@@ -519,16 +522,21 @@ def validate(config: Config) -> None:
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
     )
-    if "q" in model.networks and "q" not in config.learn.terms:
-        raise UsageError("--model.networks has q, in place of the value: give --learn.terms q too")
+    for name in ("policy", "energy", "q"):
+        if name in model.networks and name not in config.learn.terms:
+            raise UsageError(f"--model.networks has {name}: give --learn.terms {name} too")
+    if "q" in model.networks and "value" in config.learn.terms:
+        raise UsageError("--model.networks q takes the place of the value: drop the term value")
+    if (model.encoder == "simplex") != (model.dynamics == "simplex"):
+        raise UsageError("--model.encoder simplex and --model.dynamics simplex need each other")
+    require(model.bins != 1, "--model.bins", model.bins, "must be 0 or at least 2")
     require(
         "q" not in model.networks or model.value_heads >= 2,
         *("--model.value-heads", model.value_heads),
         "must be at least 2 with critics, as their target is the lesser of two",
     )
-    simplex = "simplex" in (model.encoder, model.dynamics)
     require(
-        not simplex or model.latent_dim % 8 == 0,
+        model.encoder != "simplex" or model.latent_dim % 8 == 0,
         *("--model.latent-dim", model.latent_dim),
         "must be a multiple of 8, the size of a simplex",
     )

@@ -20,6 +20,7 @@ from valdi_jax import cli, compilation
 from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
 from valdi_jax.data.source import evaluation_jobs
+from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.envs import (
     evaluation_seeds,
     import_modules,
@@ -67,6 +68,7 @@ def evaluate(
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
     first: int = 0,
+    keep_observations: bool = False,
 ) -> list[Rollout]:
     """Roll out the first of the 100 fixed episodes without exploration noise.
 
@@ -81,8 +83,9 @@ def evaluate(
         make: called as ``make(config.env, training=False)`` for an environment.
         on_decision: called before every planner call.
         first: number of the episode to begin with.
+        keep_observations: whether episodes hold what the planner saw, and the last observation.
 
-    Returns: one rollout per episode, in order, with only its last observation.
+    Returns: one rollout per episode, in order; by default with only its last observation.
     """
     if first >= episodes:
         return []
@@ -103,7 +106,7 @@ def evaluate(
             pool,
             evaluation_jobs(episodes)[first:],
             config=config,
-            keep_observations=False,
+            keep_observations=keep_observations,
             on_decision=on_decision,
         )
     finally:
@@ -142,8 +145,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
     config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
     config = dataclasses.replace(config, planner=arguments.planner)
-    if arguments.diffusion_steps and config.model.dynamics == "mlp":
-        raise UsageError("--diffusion-steps: the MLP dynamics of this run has no diffusion")
+    if arguments.diffusion_steps and DYNAMICS[config.model.dynamics].step is not None:
+        raise UsageError(f"--diffusion-steps: {config.model.dynamics} dynamics have no diffusion")
     PLANNERS[config.planner.kind]
     if arguments.num_envs < 1:
         raise UsageError(f"--num-envs is {arguments.num_envs}; it must be above 0")

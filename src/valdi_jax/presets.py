@@ -77,6 +77,7 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "mbdpo": MBDPOConfig(steps=8),
         },
         "learn": {"terms": ("dynamics", "reward", "value", "sigreg", "energy", "policy")},
+        "collect": {"seed_noise": 1.0},
     },
     # TD-MPC2's world model, critics, policy prior and MPPI, sized for two cores.
     "tdmpc2": {
@@ -118,6 +119,8 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "updates_per_step": 1.0,
             "reward_scale": 1.0,
         },
+        # Untrained heads score all sequences alike: the first episodes explore by noise alone.
+        "collect": {"seed_noise": 1.0},
     },
 }
 

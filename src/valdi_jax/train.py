@@ -36,7 +36,8 @@ class Arguments:
     """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in an hour
     of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
     bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo and tdmpc2 are
-    other methods, on any environment. By default the environment's own: paper for carracing."""
+    other methods, on any environment (tdmpc2: of vectors). By default the environment's own: paper
+    for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the run; by default a new one under runs/."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None

@@ -44,7 +44,7 @@ class Batch(struct.PyTreeNode):
 class AgentState(struct.PyTreeNode):
     """The state that an update changes."""
 
-    params: Params  # online networks: encoder, dynamics, reward, value
+    params: Params  # online networks, by name, and running statistics
     ema_params: Params  # exponential moving average of params
     optimizer: Any  # optax state
     step: Array  # [] int32, updates done

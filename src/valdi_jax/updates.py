@@ -16,7 +16,7 @@ from valdi_jax.config import Config
 from valdi_jax.data.replay import Segments
 from valdi_jax.data.store import Store, gather
 from valdi_jax.errors import UsageError
-from valdi_jax.losses import TERMS, combine, draw, evaluate, look
+from valdi_jax.losses import TERMS, draw, evaluate, objective_and_view
 from valdi_jax.losses.base import View
 from valdi_jax.model import init_params
 from valdi_jax.networks.normalizer import merge
@@ -125,13 +125,9 @@ def apply_update(
     state: AgentState, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[AgentState, dict[str, Array]]:
     """`update` with given random draws, neither jitted nor donating."""
-
-    def loss(params: Params) -> tuple[Array, tuple[dict[str, Array], View]]:
-        view = look(params, state.ema_params, batch, draws, config=config)
-        total, metrics = combine(params, state.ema_params, view, draws, config=config)
-        return total, (metrics, view)
-
-    grads, (metrics, view) = jax.grad(loss, has_aux=True)(state.params)
+    grads, (metrics, view) = jax.grad(objective_and_view, has_aux=True)(
+        state.params, state.ema_params, batch, draws, config=config
+    )
     updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
     if config.learn.encoder_rate != 1:
         updates["encoder"] = optax.tree.scale(config.learn.encoder_rate, updates["encoder"])

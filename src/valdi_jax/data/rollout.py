@@ -87,6 +87,8 @@ def exploration_noise(episode: int, config: CollectConfig) -> float:
 
     ``episode`` counts from the first after the seed episodes, which are negative.
     """
+    if episode < 0 and config.seed_noise:
+        return config.seed_noise
     progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
     progress = min(max(progress, 0.0), 1.0)
     return config.noise_start + progress * (config.noise_end - config.noise_start)

@@ -42,14 +42,15 @@ def objective(
         batch: B segments.
         draws: the update's random draws, from `draw`.
     """
+    total, (metrics, _) = objective_and_view(params, ema_params, batch, draws, config=config)
+    return total, metrics
+
+
+def objective_and_view(
+    params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config
+) -> tuple[Array, tuple[dict[str, Array], View]]:
+    """`objective`, and the encoded batch for the terms that take a step of their own."""
     view = look(params, ema_params, batch, draws, config=config)
-    return combine(params, ema_params, view, draws, config=config)
-
-
-def combine(
-    params: Params, ema_params: Params, view: View, draws: Draws, *, config: Config
-) -> tuple[Array, dict[str, Array]]:
-    """`objective` of a batch that has been encoded."""
     losses: dict[str, Array] = {}
     metrics: dict[str, Array] = {}
     for name in config.learn.terms:
@@ -63,7 +64,8 @@ def combine(
     total = (1 - share) * rest
     if "sigreg" in losses:
         total = total + share * losses["sigreg"]
-    return total, metrics | {"loss/total": total} | {f"loss/{k}": x for k, x in losses.items()}
+    metrics |= {"loss/total": total} | {f"loss/{k}": x for k, x in losses.items()}
+    return total, (metrics, view)
 
 
 def evaluate(

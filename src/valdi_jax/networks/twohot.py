@@ -28,9 +28,9 @@ def two_hot(x: Array, bins: int) -> Array:
 
 
 def decode(logits: Array) -> Array:
-    """Scalar [...] of logits [..., bins]: symexp of the mean bin."""
-    bins = jnp.linspace(-_LIMIT, _LIMIT, logits.shape[-1], dtype=logits.dtype)
-    return symexp(jax.nn.softmax(logits) @ bins)
+    """Scalar [...] of logits [..., bins]: symexp of the mean bin, in float32."""
+    bins = jnp.linspace(-_LIMIT, _LIMIT, logits.shape[-1])
+    return symexp(jax.nn.softmax(logits.astype(jnp.float32)) @ bins)
 
 
 def cross_entropy(logits: Array, target: Array) -> Array:

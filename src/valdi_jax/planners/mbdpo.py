@@ -64,7 +64,7 @@ def search(
     spread, shrink = schedule(config.mbdpo)
 
     sample_keys, score_keys, propose_keys = jax.random.split(key, (3, len(spread)))
-    # The prior's proposals do not depend on the mean: those of all levels cost one rollout.
+    # The prior's proposals do not depend on the mean: one batched rollout makes all levels'.
     proposals = None if problem.propose is None else jax.vmap(problem.propose)(propose_keys)
 
     def denoise(mean: Array, level: Level) -> tuple[Array, None]:

@@ -46,7 +46,10 @@ def search(
     """Search with MPPI, as the module describes."""
     settings = config.mppi
     # As in TD-MPC2, the same in every iteration.
-    proposals = None if problem.propose is None else problem.propose(jax.random.fold_in(key, 1))
+    proposals = None
+    if problem.propose is not None:
+        propose_key, key = jax.random.split(key)
+        proposals = problem.propose(propose_key)
 
     def iterate(state: MPPIState, key: Array) -> tuple[MPPIState, None]:
         sample_key, score_key = jax.random.split(key)

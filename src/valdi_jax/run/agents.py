@@ -58,7 +58,7 @@ def save(
     """Write an agent to a new directory, atomically.
 
     ``trained`` is a record of its training. With ``half``, parameters are stored as float16, except
-    the normaliser's statistics.
+    running statistics.
 
     Raises:
         UsageError: if the directory exists or cannot be written, or a parameter is not finite or
@@ -67,7 +67,7 @@ def save(
     tensors = {}
     for name, value in traverse_util.flatten_dict(params, sep=".").items():
         array = np.asarray(value)
-        if half and not name.startswith("normalizer."):
+        if half and not name.startswith(("normalizer.", "statistics.")):
             array = array.astype(np.float16)
         if not np.isfinite(array).all():
             raise UsageError(f"{name} is not finite{' in float16' if half else ''}")

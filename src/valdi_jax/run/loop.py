@@ -294,7 +294,9 @@ def _say_memory(source: Source, reporter: Reporter) -> None:
 def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
     """Report the time of a decision if it is high on this CPU."""
     config = source.config
-    costly = config.planner.candidates * config.planner.iterations >= 2000
+    planner = config.planner
+    iterations = planner.mbdpo.steps - 1 if planner.kind == "mbdpo" else planner.iterations
+    costly = planner.candidates * iterations >= 2000
     if not costly or jax.default_backend() != "cpu":
         return
     size = config.collect.num_envs
