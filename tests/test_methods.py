@@ -136,7 +136,7 @@ def test_what_does_not_fit_together_is_refused(change, message):
         checked(PRESETS["mbdpo"].replace(**change))
 
 
-@pytest.mark.parametrize("dynamics", ["diffusion", "flow", "mlp"])
+@pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])  # by trajectories, by steps
 def test_a_policy_proposes_candidates_from_any_dynamics(dynamics):
     config = small("mbdpo", model={"dynamics": dynamics})
     params = init_state(jax.random.key(0), EXAMPLE, config=config).params

@@ -455,8 +455,8 @@ def test_bad_options_are_answered_in_one_sentence(argv, message):
     [
         ({"model": {"dynamics": "flw"}}, "--model.dynamics: unknown 'flw'; did you mean 'flow'"),
         ({"planner": {"kind": "cen"}}, "--planner.kind: unknown 'cen'; did you mean 'cem'"),
-        ({"learn": {"terms": ("value", "policy")}}, "--learn.terms: unknown 'policy'; choose"),
-        ({"model": {"networks": ("policy",)}}, "--model.networks: unknown 'policy'"),
+        ({"learn": {"terms": ("value", "planner")}}, "--learn.terms: unknown 'planner'; choose"),
+        ({"model": {"networks": ("planner",)}}, "--model.networks: unknown 'planner'"),
         ({"collect": {"source": "files"}}, "--collect.source: unknown 'files'"),
     ],
 )
