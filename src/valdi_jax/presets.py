@@ -118,6 +118,7 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "last_step": False,
             "updates_per_step": 1.0,
             "reward_scale": 1.0,
+            "average": 0.0,
         },
         # Untrained heads score all sequences alike: the first episodes explore by noise alone.
         "collect": {"seed_noise": 1.0},
@@ -214,7 +215,7 @@ PRESETS: dict[str, Config] = {
     "dmc": _VECTOR.replace(
         env={"name": "dmc:cartpole-swingup", "action_repeat": 2},
         model={"latent_dim": 64},
-        learn={"updates_per_step": 0.5, "reward_scale": 0.1},
+        learn={"updates_per_step": 0.5, "reward_scale": 0.1, "average": 0.05},
         collect={"episodes": 200, "noise_hold": 20, "noise_decay": 50},
         replay={"capacity": 1000},
         eval={"every": 50, "episodes": 10},
