@@ -21,7 +21,9 @@ _FEW_CHANNELS = 4
 _CONVOLVE_TILE = 16  # images per matrix product
 
 
-def _bias_init(fan_in: int):
+def uniform_init(fan_in: int):
+    """Uniform in +-1/sqrt(fan_in), as PyTorch initialises biases."""
+
     def init(key, shape, dtype=jnp.float32):
         bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -62,7 +64,7 @@ class Linear(nn.Module):
             self.features,
             use_bias=self.use_bias,
             kernel_init=_kernel_init,
-            bias_init=_bias_init(x.shape[-1]),
+            bias_init=uniform_init(x.shape[-1]),
             name="dense",
         )(x)
 
@@ -170,7 +172,7 @@ class Conv(nn.Module):
             strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
             kernel_init=_kernel_init,
-            bias_init=_bias_init(math.prod(self.kernel) * x.shape[-1]),
+            bias_init=uniform_init(math.prod(self.kernel) * x.shape[-1]),
             conv_general_dilated=convolve,
             name="conv",
         )(x)
