@@ -11,11 +11,17 @@ import optax
 import pytest
 from conftest import PARITY
 
+from valdi_jax.config import PlanConfig
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.replay import Replay
+from valdi_jax.data.windows import prepared
 from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample, guided_step
-from valdi_jax.losses.plans import loss_weights, noise_plans, plan_loss
+from valdi_jax.losses.plans import look_at_plans, loss_weights, noise_plans, plan_loss
 from valdi_jax.networks import scaler
 from valdi_jax.networks.layers import apply
 from valdi_jax.networks.unet import PlanValue, TemporalUNet
+from valdi_jax.observation import Observation
+from valdi_jax.presets import default_config
 
 NUMBERS = dict(np.load(PARITY / "diffuser.npz", allow_pickle=False))
 SHAPES = json.loads((PARITY / "diffuser_parameters.json").read_text())
@@ -381,6 +387,54 @@ def test_inpainted_plan():
         noise
     )
     close(plans, NUMBERS["maze2d/sample/trajectories"])
+
+
+def windows(padding):
+    """A replay buffer of the reference's three episodes, and the plans of all its windows."""
+    states, actions = (
+        raw_states()[:123],
+        np.tanh(drawn("locomotion.raw_actions", (500, 6)).astype(np.float32))[:123],
+    )
+    config = default_config("pendulum", "diffuser").replace(
+        env={"max_steps": 64},
+        model={"action_dim": 6, "state_dim": 11},
+        learn={"plan": PlanConfig(padding=padding)},
+    )
+    replay, start = Replay(config), 0
+    for length in NUMBERS["dataset/lengths"]:
+        rows = slice(start, start + length)
+        last = states[rows][-1:]  # after the last action: their data do not hold it
+        replay.give(
+            prepared(
+                Episode(
+                    observations=Observation(vector=np.concatenate([states[rows], last])),
+                    actions=actions[rows],
+                    rewards=NUMBERS["dataset/rewards"][rows],
+                    terminated=start + length - 1 in NUMBERS["dataset/terminal_at"],
+                    truncated=False,
+                    seed=0,
+                ),
+                config=config,
+            )
+        )
+        start += length
+    scalers = {"states": scaler.fit("gaussian", states), "actions": scaler.fit("gaussian", actions)}
+    drawn_segments = replay.draw(np.random.default_rng(0), 5000)
+    found = np.stack([drawn_segments.slots, drawn_segments.steps[:, 0]], axis=1)
+    found, first = np.unique(found, axis=0, return_index=True)
+    segments = jax.tree.map(lambda x: x[first], drawn_segments)
+    view = look_at_plans({"scalers": scalers}, replay.gather(segments), config=config)
+    return found, view
+
+
+def test_windows():
+    indices, view = windows(padding=True)
+    np.testing.assert_array_equal(indices, NUMBERS["dataset/indices"][:, :2])
+    close(view.returns, NUMBERS["dataset/values"])
+    close(view.plans[-1], NUMBERS["dataset/last_window"])
+    close(view.plans[-1, 0, 6:], NUMBERS["dataset/last_condition"])
+    unpadded, _ = windows(padding=False)
+    np.testing.assert_array_equal(unpadded, NUMBERS["dataset/indices_without_padding"][:, :2])
 
 
 def raw_states():

@@ -98,6 +98,23 @@ class EnvConfig:
     """DeepMind Control from pixels: successive images in an observation."""
 
 
+@_section("model.unet")
+class UNetConfig:
+    """Diffuser's networks over plans of states and actions (Janner et al., 2022)."""
+
+    width: Count = 32
+    """Channels of the first level; a multiple of 8."""
+    multipliers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """Channels of each level, in widths. A plan has --model.horizon + 1 steps, which must be a
+    multiple of 2^(levels - 1)."""
+    attention: bool = False
+    """Linear attention over time in the U-Net."""
+    timesteps: Annotated[int, Field(ge=2)] = 20
+    """Diffusion timesteps of the cosine schedule."""
+    scaler: Literal["gaussian", "limits", "safe-limits", "cdf"] = "gaussian"
+    """How states and actions are normalised, once, on recorded data."""
+
+
 @_section("model")
 class ModelConfig:
     """The networks (paper, Supp. B)."""
@@ -110,7 +127,8 @@ class ModelConfig:
     simplices)."""
     networks: tuple[str, ...] = ()
     """Additional networks, besides encoder, dynamics, reward and value: policy (a Gaussian prior of
-    action chunks), energy (MBDPO's) and q (critics of latent and chunk, in place of the value)."""
+    action chunks), energy (MBDPO's) and q (critics of latent and chunk, in place of the value).
+    unet and plan_value are Diffuser's and stand alone."""
     latent_dim: Count = 64
     """Size D of the latent."""
     horizon: Count = 5
@@ -119,6 +137,8 @@ class ModelConfig:
     """Environment steps C per world-model step."""
     action_dim: tyro.conf.Suppress[Count] = 3
     """Action size A; training takes it from the environment."""
+    state_dim: tyro.conf.Suppress[Natural] = 0
+    """State size S of Diffuser's plans; training takes it from the environment."""
     normalize: bool = False
     """Normalise vector observations by their running mean and variance."""
     encoder_width: Count = 256
@@ -167,6 +187,7 @@ class ModelConfig:
     """Dropout in the first layer of the critics q, while they learn."""
     rho: Fraction = 1.0
     """Weight rho^t of a rollout's step t in the losses of heads and simplex dynamics."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
 
 
 @_section("planner.icem")
@@ -211,12 +232,27 @@ class MBDPOConfig:
     """Divisor of the standardised returns in the softmax that weights the elites."""
 
 
+@_section("planner.diffuser")
+class DiffuserConfig:
+    """Diffuser's guided sampling of plans."""
+
+    scale: Weight = 0.1
+    """Factor on the gradient of the plan's value, besides the posterior variance."""
+    guide_steps: Natural = 2
+    """Steps along this gradient at each timestep, if there is a network plan_value."""
+    guide_stop: Natural = 2
+    """Timesteps at the end of the sampling that have no guidance."""
+    clip: bool = False
+    """Clip the clean estimates to [-1, 1]."""
+
+
 @_section("planner")
 class PlannerConfig:
     """The search for actions (paper, Supp. D)."""
 
     kind: str = "cem"
-    """cem (the paper's cross-entropy method), icem, mppi or mbdpo."""
+    """cem (the paper's cross-entropy method), icem, mppi, mbdpo, or diffuser, which samples plans
+    with its own networks."""
     candidates: Count = 512
     """Action sequences N sampled per iteration (iCEM: in the first)."""
     elites: Annotated[int, Field(ge=2)] = 64
@@ -248,6 +284,7 @@ class PlannerConfig:
     icem: ICEMConfig = field(default_factory=ICEMConfig)
     mppi: MPPIConfig = field(default_factory=MPPIConfig)
     mbdpo: MBDPOConfig = field(default_factory=MBDPOConfig)
+    diffuser: DiffuserConfig = field(default_factory=DiffuserConfig)
 
 
 @_section("learn.policy")
@@ -274,6 +311,20 @@ class EnergyConfig:
     """Pair each state with its own action; off, as the authors' code pairs them."""
 
 
+@_section("learn.plan")
+class PlanConfig:
+    """Diffuser's losses."""
+
+    action_weight: Weight = 10.0
+    """Weight of a plan's first action."""
+    discount: Share = 1.0
+    """Factor per step on the weight of a plan's later entries."""
+    penalty: Weight = 100.0
+    """Subtracted from the last reward of an episode that terminates, for the plan's value."""
+    padding: bool = True
+    """Windows may reach beyond an episode's end, where states and actions are 0."""
+
+
 @_section("learn")
 class LearnConfig:
     """The objective and the optimizer (paper, Supp. C and Table 3)."""
@@ -294,6 +345,12 @@ class LearnConfig:
     """Global gradient norm at which to clip."""
     ema_rate: Share = 0.005
     """Weight of the online parameters in the moving average at each update."""
+    ema_every: Count = 1
+    """Updates between those that move the average."""
+    ema_start: Natural = 0
+    """Updates before which the moving average is a plain copy."""
+    act: Literal["params", "ema"] = "params"
+    """Act with the online parameters, or with their moving average, as Diffuser does."""
     average: Fraction = 0.0
     """Act with an average of the parameters over about this share of all updates so far (power
     EMA, Karras et al., 2024); 0 for the latest parameters, as in the reference."""
@@ -343,6 +400,7 @@ class LearnConfig:
     all its frames."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @_section("collect")
@@ -350,7 +408,13 @@ class CollectConfig:
     """How experience is collected."""
 
     source: str = "environment"
-    """Where episodes come from: environment (rollouts of the agent)."""
+    """Where episodes come from: environment (rollouts of the agent), or data (--data alone; an
+    epoch then counts as an episode in all options and reports)."""
+    data: Annotated[str, tyro.conf.arg(prefix_name=False, metavar="minari:ID")] = ""
+    """Recorded episodes to learn from, beside those of the agent or alone: minari:ID is a local
+    Minari dataset (extra offline)."""
+    epoch: Count = 1000
+    """Updates of an epoch, with --collect.source data."""
     episodes: Count = 5000
     """Training episodes, including the seed episodes."""
     seed_episodes: Natural = 10
@@ -380,7 +444,9 @@ class ReplayConfig:
     """The replay buffer."""
 
     capacity: Count = 1000
-    """Episodes kept; the oldest is dropped first."""
+    """Episodes kept; the oldest is dropped first. Recorded data are kept besides."""
+    data_share: Fraction = 0.5
+    """Share of recorded data in a batch, once there are episodes of the agent's own."""
     sampling: Literal["episode", "step"] = "episode"
     """Draw training segments uniformly over episodes, as the reference does, or uniformly over the
     steps of all episodes, which favours long ones."""
@@ -469,6 +535,21 @@ class Config:
         return steps // self.planner.action_hold, size
 
     @property
+    def diffuses_plans(self) -> bool:
+        """Whether the agent is Diffuser's, whose networks take whole plans of states."""
+        return "unet" in self.model.networks
+
+    @property
+    def acts_with_average(self) -> bool:
+        """Whether the agent acts with other parameters than the latest."""
+        return bool(self.learn.average) or self.learn.act == "ema"
+
+    @property
+    def unit(self) -> str:
+        """What a run counts: episodes, or epochs on recorded data alone."""
+        return "epoch" if self.collect.source == "data" else "episode"
+
+    @property
     def frame_stride(self) -> int:
         """Environment steps between stored observations."""
         return self.model.chunk if self.env.render_every == "chunk" else 1
@@ -477,6 +558,12 @@ class Config:
     def episode_steps(self) -> int:
         """Maximum steps of an episode; 0 if only the environment knows."""
         return -(-self.env.max_steps // self.env.action_repeat)
+
+    @property
+    def ring_slots(self) -> int:
+        """Slots of the agent's own episodes in the replay buffer; recorded ones follow."""
+        own = 0 if self.collect.source == "data" else self.collect.episodes
+        return min(self.replay.capacity, own)
 
     @property
     def segment_steps(self) -> int:
@@ -522,6 +609,19 @@ def validate(config: Config) -> None:
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
     )
+    if config.collect.source == "data":
+        require(bool(config.collect.data), "--data", "missing", "names the recorded episodes")
+        if config.collect.overlap:
+            raise UsageError(
+                "--overlap is for episodes that the agent collects, not for data alone"
+            )
+    if config.learn.act == "ema" and config.learn.average:
+        raise UsageError("--learn.act ema and --learn.average exclude one another")
+    if config.diffuses_plans:
+        _validate_plans(config)
+        return
+    if planner.kind == "diffuser" or "plan_value" in model.networks:
+        raise UsageError("--planner.kind diffuser needs --model.networks unet")
     for name in ("policy", "energy", "q"):
         if name in model.networks and name not in config.learn.terms:
             raise UsageError(f"--model.networks has {name}: give --learn.terms {name} too")
@@ -570,6 +670,32 @@ def validate(config: Config) -> None:
         f"must be at least {token}, the sizes of a timestep, an action chunk and a latent, and one "
         "for the marker",
     )
+
+
+def _validate_plans(config: Config) -> None:
+    """As `validate`, for Diffuser."""
+    unet, rows = config.model.unet, config.model.horizon + 1
+    others = set(config.model.networks) - {"unet", "plan_value"}
+    others |= set(config.learn.terms) - {"plan", "plan_value"}
+    if others:
+        raise UsageError(f"--model.networks unet stands alone, without {', '.join(sorted(others))}")
+    if config.planner.kind != "diffuser":
+        raise UsageError("--model.networks unet needs --planner.kind diffuser")
+    if config.model.chunk != 1:
+        raise UsageError(f"--model.chunk is {config.model.chunk}; Diffuser plans single steps: 1")
+    halvings = 2 ** (len(unet.multipliers) - 1)
+    if rows % halvings:
+        raise UsageError(
+            f"--model.horizon is {rows - 1}; with {len(unet.multipliers)} levels, horizon + 1 must "
+            f"be a multiple of {halvings}"
+        )
+    if unet.width % 8:
+        raise UsageError(f"--model.unet.width is {unet.width}; it must be a multiple of 8")
+    last = unet.width * unet.multipliers[-1]
+    if "plan_value" in config.model.networks and last % 32:
+        raise UsageError(
+            f"the last level of --model.unet has {last} channels; plan_value needs a multiple of 32"
+        )
 
 
 def leaves(data: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

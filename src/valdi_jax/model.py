@@ -18,6 +18,7 @@ from valdi_jax.networks.encoder import Encoder
 from valdi_jax.networks.heads import RewardHead, ValueHeads
 from valdi_jax.networks.layers import apply
 from valdi_jax.networks.normalizer import init_normalizer, normalize
+from valdi_jax.networks.scaler import init_scaler
 from valdi_jax.networks.tdmpc2 import (
     SimplexEncoder,
     energy_net,
@@ -26,6 +27,7 @@ from valdi_jax.networks.tdmpc2 import (
     reward_net,
 )
 from valdi_jax.networks.twohot import decode
+from valdi_jax.networks.unet import PlanValue, TemporalUNet
 from valdi_jax.observation import Observation
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Params
@@ -33,6 +35,7 @@ from valdi_jax.types import Array, Params
 __all__ = [
     "NETWORKS",
     "Action",
+    "denoise_plans",
     "encode",
     "encode_targets",
     "energy",
@@ -41,6 +44,7 @@ __all__ = [
     "imagine_step",
     "init_params",
     "parameter_count",
+    "plan_value",
     "policy",
     "q_outputs",
     "q_values",
@@ -52,7 +56,7 @@ __all__ = [
 
 _ENCODER_TILE = 64  # observations per encoder pass on a CPU
 
-_STATISTICS = ("normalizer", "statistics")  # parameters that no gradient trains
+_STATISTICS = ("normalizer", "statistics", "scalers")  # parameters that no gradient trains
 _MIN_LOG_STD, _MAX_LOG_STD = -10.0, 2.0  # of the policy prior
 _LEAST_STD = 1e-6  # of the energy's logits
 
@@ -74,9 +78,30 @@ def _init_q(key: Array, *, config: Config) -> Params:
     return q_net(config.model).init(key, *_dummies(config))["params"]
 
 
+def _dummy_plans(config: Config) -> tuple[Array, Array]:
+    model = config.model
+    rows = jnp.zeros((1, model.horizon + 1, model.action_dim + model.state_dim))
+    return rows, jnp.zeros(1, jnp.int32)
+
+
+def _init_unet(key: Array, *, config: Config) -> Params:
+    return _unet(config.model).init(key, *_dummy_plans(config))["params"]
+
+
+def _init_plan_value(key: Array, *, config: Config) -> Params:
+    return _plan_value(config.model).init(key, *_dummy_plans(config))["params"]
+
+
 # Networks besides the agent's own: (key, *, config) -> parameters.
 NETWORKS: Registry[Callable[..., Params]] = Registry(
-    "--model.networks", {"policy": _init_policy, "energy": _init_energy, "q": _init_q}
+    "--model.networks",
+    {
+        "policy": _init_policy,
+        "energy": _init_energy,
+        "q": _init_q,
+        "unet": _init_unet,
+        "plan_value": _init_plan_value,
+    },
 )
 
 
@@ -105,6 +130,16 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
 @functools.partial(jax.jit, static_argnums=(1, 2))  # else each initialiser compiles separately
 def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     model = config.model
+    if config.diffuses_plans:
+        keys = jax.random.split(key, len(model.networks))
+        params = {
+            name: NETWORKS[name](network_key, config=config)
+            for name, network_key in zip(model.networks, keys, strict=True)
+        }
+        sizes = {"states": model.state_dim, "actions": model.action_dim}
+        return params | {
+            "scalers": {n: init_scaler(model.unet.scaler, k) for n, k in sizes.items()}
+        }
     # Keys of additional networks come last, so that the others stay the same.
     encoder_key, dynamics_key, reward_key, value_key, *others = jax.random.split(
         key, 4 + len(model.networks)
@@ -130,6 +165,15 @@ def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     if statistics:
         params["statistics"] = statistics
     return params
+
+
+def _unet(config: ModelConfig) -> TemporalUNet:
+    unet = config.unet
+    return TemporalUNet(unet.multipliers, unet.attention, unet.width)
+
+
+def _plan_value(config: ModelConfig) -> PlanValue:
+    return PlanValue(config.unet.multipliers, config.unet.width)
 
 
 def _encoder(config: ModelConfig) -> nn.Module:
@@ -280,3 +324,16 @@ def values(params: Params, z: Array, *, config: Config) -> Array:
 def value(params: Params, z: Array, *, config: Config) -> Array:
     """The value [...] of a latent [..., D]: the minimum over the heads."""
     return values(params, z, config=config).min(axis=0)
+
+
+def denoise_plans(params: Params, plans: Array, timesteps: Array, *, config: Config) -> Array:
+    """Diffuser's estimate of the clean plans [B, H + 1, A + S] from noised ones at timesteps [B].
+
+    Plans are normalised; a row is an action and the state in which it is taken.
+    """
+    return apply(_unet(config.model), params["unet"], plans, timesteps)
+
+
+def plan_value(params: Params, plans: Array, timesteps: Array, *, config: Config) -> Array:
+    """Diffuser's predicted return [B] of noised plans [B, H + 1, A + S] at timesteps [B]."""
+    return apply(_plan_value(config.model), params["plan_value"], plans, timesteps)

@@ -123,6 +123,32 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         # Untrained heads score all sequences alike: the first episodes explore by noise alone.
         "collect": {"seed_noise": 1.0},
     },
+    # The authors' values for locomotion; on recorded data.
+    "diffuser": {
+        "model": {
+            "networks": ("unet", "plan_value"),
+            "normalize": False,
+            "horizon": 31,
+            "chunk": 1,
+        },
+        "planner": {"kind": "diffuser", "candidates": 64},
+        "learn": {
+            "terms": ("plan", "plan_value"),
+            "learning_rate": 2e-4,
+            "batch_size": 64,
+            "max_grad_norm": 1e9,
+            "ema_rate": 0.005,
+            "ema_every": 10,
+            "ema_start": 2000,
+            "act": "ema",
+            "average": 0.0,
+            "discount": 0.997,
+            "reward_scale": 1.0,
+        },
+        "collect": {"source": "data", "episodes": 1000},
+        "replay": {"sampling": "step"},
+        "eval": {"every": 50},
+    },
 }
 
 PRESETS: dict[str, Config] = {

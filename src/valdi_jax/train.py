@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,8 +35,9 @@ class Arguments:
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in an hour
     of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
-    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo and tdmpc2 are
-    other methods, on any environment (tdmpc2: of vectors). By default the environment's own: paper
+    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo, tdmpc2 and
+    diffuser are other methods, on any environment (the latter two: of vectors; diffuser learns from
+    recorded data, --data). By default the environment's own: paper
     for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the run; by default a new one under runs/."""
@@ -61,8 +62,9 @@ def train(
     make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
     on_record: Callable[[dict[str, Any]], object] | None = None,
+    data: Iterable[Any] | None = None,
 ) -> AgentState:
-    """Train until ``config.collect.episodes`` episodes are collected.
+    """Train until ``config.collect.episodes`` episodes are collected, or epochs done.
 
     Args:
         config: the run's configuration.
@@ -74,6 +76,8 @@ def train(
         console: where progress is shown.
         on_record: called with each record of ``metrics.jsonl`` and ``evaluations.jsonl``, as it is
             written (docs/metrics.md).
+        data: recorded episodes, in place of those that ``config.collect.data`` names; they have the
+            attributes of Minari's ``EpisodeData`` (see `data.recorded.to_episodes`).
 
     Returns: the trained agent.
 
@@ -93,6 +97,7 @@ def train(
         init_from=init_from,
         console=console,
         on_record=on_record,
+        data=data,
     )
 
 

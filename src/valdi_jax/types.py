@@ -39,6 +39,7 @@ class Batch(struct.PyTreeNode):
     actions: Array | np.ndarray  # [B, H + 1, C * A], in [-1, 1]
     rewards: Array | np.ndarray  # [B, H + 1, C]
     terminals: Array | np.ndarray  # [B, H + 1] float32, 1 if terminated within the chunk
+    within: Array | np.ndarray | None = None  # [B, (H + 1) * C] float32, 0 beyond an episode's end
 
 
 class AgentState(struct.PyTreeNode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
 from valdi_jax.data.replay import Segments
 from valdi_jax.data.store import Store, gather
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import TERMS, draw, evaluate, objective_and_view
 from valdi_jax.losses.base import View
+from valdi_jax.losses.plans import PlanView
 from valdi_jax.model import init_params
 from valdi_jax.networks.normalizer import merge
+from valdi_jax.networks.scaler import fit
 from valdi_jax.observation import Observation
 from valdi_jax.types import AgentState, Array, Batch, Draws, Params
 
@@ -48,7 +51,7 @@ def _first_state(params: Params, key: Array, config: Config) -> AgentState:
         optimizer=make_optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
         key=key,
-        average=jax.tree.map(jnp.copy, params) if config.learn.average else None,
+        average=jax.tree.map(jnp.copy, params) if config.acts_with_average else None,
         after={
             name: _own_optimizer(config).init({key: params[key] for key in TERMS[name].trains})
             for name in _after(config)
@@ -100,6 +103,25 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
     )
 
 
+def fit_scalers(state: AgentState, episodes: Sequence[Episode], *, config: Config) -> AgentState:
+    """Fit Diffuser's normalisers to the states and actions of recorded episodes."""
+    if "scalers" not in state.params:
+        return state
+    data = {
+        # The last state has no action: the authors' data do not hold it.
+        "states": np.concatenate([episode.observations.vector[:-1] for episode in episodes]),
+        "actions": np.concatenate([episode.actions for episode in episodes]),
+    }
+    scalers = {name: fit(config.model.unet.scaler, rows) for name, rows in data.items()}
+    device = jax.tree.leaves(state.params)[0].sharding
+    return _with_each(
+        state,
+        lambda params: (
+            params | {"scalers": jax.device_put(jax.tree.map(jnp.array, scalers), device)}
+        ),
+    )
+
+
 def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedSharding] | None:
     """Shardings of a state and a batch over several devices; ``None`` for one.
 
@@ -142,9 +164,11 @@ def apply_update(
         metrics |= values
         checked += values
     params = _track(params, metrics, config=config)
-    ema_params = optax.incremental_update(params, state.ema_params, config.learn.ema_rate)
+    ema_params = optax.incremental_update(params, state.ema_params, _ema_rate(state.step, config))
     average = state.average
-    if config.learn.average:
+    if config.learn.act == "ema":
+        average = ema_params
+    elif config.learn.average:
         rate = 1 / (1 + config.learn.average * state.step.astype(jnp.float32))
         average = optax.incremental_update(params, average, rate)
     finite = jnp.isfinite(jnp.stack([metrics[name] for name in checked])).all()
@@ -160,8 +184,23 @@ def apply_update(
     return state.replace(step=state.step + 1), metrics
 
 
+def _ema_rate(step: Array, config: Config) -> float | Array:
+    """Weight of the online parameters in the moving average after update ``step``."""
+    learn = config.learn
+    if learn.ema_every == 1 and learn.ema_start == 0:
+        return learn.ema_rate
+    moved = jnp.where(step < learn.ema_start, 1.0, learn.ema_rate)
+    return jnp.where(step % learn.ema_every == 0, moved, 0.0)
+
+
 def _own_step(
-    name: str, params: Params, state: AgentState, view: View, draws: Draws, *, config: Config
+    name: str,
+    params: Params,
+    state: AgentState,
+    view: View | PlanView,
+    draws: Draws,
+    *,
+    config: Config,
 ) -> tuple[Params, Any, dict[str, Array]]:
     """The step of a term with an optimizer of its own: parameters, its state, metrics."""
     trained = {key: params[key] for key in TERMS[name].trains}

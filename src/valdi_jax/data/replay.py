@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 from flax import struct
 
 from valdi_jax.config import Config
 from valdi_jax.data.episode import Episode
+from valdi_jax.data.windows import window_count
 from valdi_jax.observation import Observation
 from valdi_jax.types import Array, Batch
 
@@ -18,12 +21,12 @@ class Segments(struct.PyTreeNode):
     slots: Array | np.ndarray  # [B] int32, ring slots of their episodes
     frames: Array | np.ndarray  # [B, H + 2] int32, of their observations within the episode
     steps: Array | np.ndarray  # [B, (H + 1) * C] int32, of actions and rewards within the episode
-    within: Array | np.ndarray  # [B, (H + 1) * C] float32, 0 beyond a terminal state
+    within: Array | np.ndarray  # [B, (H + 1) * C] float32, 0 beyond the episode's end
     terminals: Array | np.ndarray  # [B, H + 1] float32, 1 if terminated within the chunk
 
 
 class Replay:
-    """The last ``config.replay.capacity`` episodes, in memory.
+    """The last ``config.replay.capacity`` episodes, and recorded ones, in memory.
 
     A full CarRacing episode takes 16.6 MB and the paper's thousand 16.6 GB; a third of that if only
     the frames that the planner sees are kept.
@@ -31,29 +34,24 @@ class Replay:
 
     def __init__(self, config: Config):
         self._config = config
-        self._ring: list[Episode] = []
-        self._places = np.zeros(config.replay.capacity, np.int64)  # starts of segments, by slot
-        self._oldest = 0  # slot of the oldest episode
+        self._own = _Ring(config.replay.capacity)
+        self._recorded = _Ring()
 
     def add(self, episode: Episode) -> int:
-        """Append an episode, replacing the oldest if full; returns its slot in the ring."""
-        if len(self._ring) < self._config.replay.capacity:
-            slot = len(self._ring)
-            self._ring.append(episode)
-        else:
-            slot = self._oldest
-            self._ring[slot] = episode
-            self._oldest = (slot + 1) % len(self._ring)
-        self._places[slot] = self._starts(episode)
-        return slot
+        """Append an episode, replacing the oldest if full; returns its slot."""
+        return self._own.add(episode, self._starts(episode))
+
+    def give(self, episode: Episode) -> int:
+        """Append a recorded episode, which stays; returns its slot."""
+        return self._config.ring_slots + self._recorded.add(episode, self._starts(episode))
 
     def __len__(self) -> int:
-        return len(self._ring)
+        return len(self._own.episodes) + len(self._recorded.episodes)
 
     @property
     def ready(self) -> bool:
         """Whether there is any segment to draw."""
-        return bool(self._places.any())
+        return self._own.ready or self._recorded.ready
 
     def _starts(self, episode: Episode) -> int:
         """Number of frames at which a segment of an episode can start.
@@ -62,28 +60,46 @@ class Replay:
         terminated episode may reach beyond its end, so that its last steps are drawn as often as
         the others, however short it is.
         """
-        if episode.terminated and not self._config.learn.bootstrap_terminal:
+        config = self._config
+        if config.diffuses_plans:
+            longest, padding = config.episode_steps or sys.maxsize, config.learn.plan.padding
+            return window_count(len(episode), config.segment_steps, longest, padding=padding)
+        if episode.terminated and not config.learn.bootstrap_terminal:
             steps = len(episode)
         else:
-            steps = max(0, len(episode) - self._config.segment_steps + 1)
-        return -(-steps // self._config.frame_stride)
+            steps = max(0, len(episode) - config.segment_steps + 1)
+        return -(-steps // config.frame_stride)
 
     def draw(self, rng: np.random.Generator, batch_size: int) -> Segments:
         """Draw B segments, uniformly over episodes or over start frames (``replay.sampling``).
 
-        The same state of ``rng`` gives the same segments.
+        Of these, ``replay.data_share`` are of recorded episodes if there are both kinds. The same
+        state of ``rng`` gives the same segments.
 
         Raises:
             ValueError: if no episode is long enough to hold a segment.
         """
+        if not self.ready:
+            steps = self._config.segment_steps
+            raise ValueError(f"no episode of at least {steps} steps to sample from")
+        count = 0 if self._own.ready else batch_size
+        if self._own.ready and self._recorded.ready:
+            count = round(self._config.replay.data_share * batch_size)
+        parts = []
+        if count < batch_size:
+            parts.append(self._draw(self._own, rng, batch_size - count))
+        if count:
+            drawn = self._draw(self._recorded, rng, count)
+            parts.append(drawn.replace(slots=drawn.slots + np.int32(self._config.ring_slots)))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def _draw(self, ring: _Ring, rng: np.random.Generator, batch_size: int) -> Segments:
         model, span = self._config.model, self._config.segment_steps
-        stride, count = self._config.frame_stride, len(self._ring)
-        oldest_first = (self._oldest + np.arange(count)) % max(count, 1)
-        places = self._places[oldest_first]
-        eligible = np.flatnonzero(places)
-        if not eligible.size:
-            raise ValueError(f"no episode of at least {span} steps to sample from")
+        stride, count = self._config.frame_stride, len(ring.episodes)
+        oldest_first = (ring.oldest + np.arange(count)) % max(count, 1)
+        places = np.array(ring.places)[oldest_first]
         if self._config.replay.sampling == "episode":
+            eligible = np.flatnonzero(places)
             chosen = eligible[rng.integers(len(eligible), size=batch_size)]
             starts = stride * rng.integers(places[chosen])
         else:
@@ -92,7 +108,7 @@ class Replay:
             chosen = np.searchsorted(ends_of, drawn_places, side="right")
             starts = stride * (drawn_places - (ends_of - places)[chosen])
         slots = oldest_first[chosen]
-        drawn = [self._ring[slot] for slot in slots]
+        drawn = [ring.episodes[slot] for slot in slots]
         ends = np.array([len(episode) for episode in drawn])
         terminated = np.array([episode.terminated for episode in drawn])
         steps = starts[:, None] + np.arange(span)
@@ -111,7 +127,12 @@ class Replay:
 
     def gather(self, segments: Segments) -> Batch:
         """The segments' data. Beyond an end the last observation repeats, all else is 0."""
-        drawn = [self._ring[slot] for slot in segments.slots]
+        first = self._config.ring_slots
+        own, recorded = self._own.episodes, self._recorded.episodes
+        drawn = [
+            own[slot] if slot < first or not recorded else recorded[slot - first]
+            for slot in segments.slots
+        ]
 
         def stack(arrays: list[np.ndarray], indices: Array | np.ndarray) -> np.ndarray:
             return np.stack([array[i] for array, i in zip(arrays, indices, strict=True)])
@@ -124,6 +145,30 @@ class Replay:
         actions = stack([episode.actions for episode in drawn], segments.steps)
         rewards = stack([episode.rewards for episode in drawn], segments.steps)
         return batch_of(observations, actions, rewards, segments)
+
+
+class _Ring:
+    """Episodes, the oldest replaced first if there is a capacity."""
+
+    def __init__(self, capacity: int | None = None):
+        self._capacity = capacity
+        self.episodes: list[Episode] = []
+        self.places: list[int] = []  # starts of segments, by slot
+        self.oldest = 0  # slot of the oldest episode
+
+    @property
+    def ready(self) -> bool:
+        return any(self.places)
+
+    def add(self, episode: Episode, places: int) -> int:
+        if self._capacity is None or len(self.episodes) < self._capacity:
+            self.episodes.append(episode)
+            self.places.append(places)
+            return len(self.episodes) - 1
+        slot = self.oldest
+        self.episodes[slot], self.places[slot] = episode, places
+        self.oldest = (slot + 1) % len(self.episodes)
+        return slot
 
 
 def batch_of(
@@ -139,4 +184,5 @@ def batch_of(
         actions=(actions * segments.within[..., None]).reshape(*lead, -1),
         rewards=(rewards * segments.within).reshape(*lead, -1),
         terminals=segments.terminals,
+        within=segments.within,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import gymnasium as gym
 import jax
 import numpy as np
 
 from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.recorded import read_recorded, to_episodes
 from valdi_jax.data.rollout import Job, Rollout, exploration_noise, roll_out
 from valdi_jax.envs import evaluation_seeds, interface_of, own_env
 from valdi_jax.envs.workers import Pool, make_pool
@@ -48,6 +50,9 @@ class Source(Protocol):
     def open(self) -> None:
         """Start what it needs, from the main thread."""
 
+    def recorded(self) -> list[Episode]:
+        """Recorded episodes, which stay in the replay buffer."""
+
     def next_round(self, progress: Progress) -> range:
         """Numbers of the episodes to collect next."""
 
@@ -56,7 +61,9 @@ class Source(Protocol):
     ) -> list[Rollout]:
         """Collect these episodes with the current parameters."""
 
-    def count(self, progress: Progress, rollouts: Sequence[Rollout]) -> None:
+    def count(
+        self, progress: Progress, numbers: Sequence[int], rollouts: Sequence[Rollout]
+    ) -> None:
         """Add the episodes of a round to the counters."""
 
     def due(self, progress: Progress) -> int:
@@ -77,12 +84,18 @@ class Environments:
 
     ``make`` is called as ``make(config.env, training=True)`` for training and with
     ``training=False`` for evaluation; it must be picklable if there are several environments.
+    ``data`` are recorded episodes (see `to_episodes`), in place of those that ``config`` names.
 
     Raises:
         UsageError: if their observations or actions are not supported.
     """
 
-    def __init__(self, config: Config, make: Callable[..., gym.Env]):
+    def __init__(
+        self,
+        config: Config,
+        make: Callable[..., gym.Env],
+        data: Iterable[Any] | None = None,
+    ):
         if config.collect.num_envs > 1:
             try:
                 pickle.dumps(make)
@@ -94,7 +107,13 @@ class Environments:
         self._factory = functools.partial(own_env, make, config.env)
         interface = interface_of(functools.partial(self._factory, training=True))
         self.example = interface.example
-        self.config = config.replace(model={"action_dim": interface.action_dim})
+        sizes = {"action_dim": interface.action_dim}
+        if config.diffuses_plans:
+            if interface.example.image is not None or interface.example.vector is None:
+                raise UsageError("--model.networks unet plans with vector observations, not images")
+            sizes["state_dim"] = interface.example.vector.size
+        self.config = config.replace(model=sizes)
+        self._interface, self._data = interface, data
         self._key = jax.random.split(jax.random.key(config.seed))[1]
         self._restarts = 0  # of workers, already reported
 
@@ -114,6 +133,17 @@ class Environments:
     def open(self) -> None:
         """Start the environments."""
         assert self.pool
+
+    def recorded(self) -> list[Episode]:
+        """See `Source`.
+
+        Raises:
+            UsageError: if they cannot be read, or do not fit the environment.
+        """
+        if self._data is not None:
+            return to_episodes(self._data, self._interface, self.config)
+        name = self.config.collect.data
+        return read_recorded(name, self._interface, self.config) if name else []
 
     def next_round(self, progress: Progress) -> range:
         """One episode per environment."""
@@ -137,7 +167,9 @@ class Environments:
         collect = self.config.collect
         return exploration_noise(number - collect.seed_episodes, collect)
 
-    def count(self, progress: Progress, rollouts: Sequence[Rollout]) -> None:
+    def count(
+        self, progress: Progress, numbers: Sequence[int], rollouts: Sequence[Rollout]
+    ) -> None:
         """See `Source`; no updates are due for the seed episodes."""
         steps = [len(rollout.episode) for rollout in rollouts]
         seeding = max(0, self.config.collect.seed_episodes - progress.episodes)
@@ -180,6 +212,29 @@ class Environments:
         return Job(int(seed), jax.random.fold_in(self._key, number))
 
 
+class Data(Environments):
+    """Recorded episodes alone: each epoch owes a number of updates, and collects nothing."""
+
+    def open(self) -> None:
+        """Start nothing: only evaluations need an environment."""
+
+    def next_round(self, progress: Progress) -> range:
+        return range(progress.episodes, progress.episodes + 1)
+
+    def collect(
+        self, params: Params, numbers: Sequence[int], interrupt: Interrupt
+    ) -> list[Rollout]:
+        return []
+
+    def count(
+        self, progress: Progress, numbers: Sequence[int], rollouts: Sequence[Rollout]
+    ) -> None:
+        progress.episodes += len(numbers)
+
+    def due(self, progress: Progress) -> int:
+        return progress.episodes * self.config.collect.epoch
+
+
 def evaluation_jobs(episodes: int) -> list[Job]:
     """The first of the 100 fixed episodes; the planner's keys derive from their seeds."""
     key = jax.random.key(0)
@@ -187,5 +242,5 @@ def evaluation_jobs(episodes: int) -> list[Job]:
 
 
 SOURCES: Registry[Callable[..., Source]] = Registry(
-    "--collect.source", {"environment": Environments}
+    "--collect.source", {"environment": Environments, "data": Data}
 )

@@ -26,8 +26,13 @@ class Store(struct.PyTreeNode):
     rewards: Array | np.ndarray  # [E, L]
 
 
-def store_shapes(example: Observation, config: Config) -> Store:
-    """Shapes and dtypes of a run's store; ``example`` is one observation without a batch axis.
+def store_shapes(example: Observation, config: Config, recorded: int = 0) -> Store:
+    """Shapes and dtypes of a run's store.
+
+    Args:
+        example: one observation without a batch axis.
+        config: the run's configuration.
+        recorded: number of recorded episodes.
 
     Raises:
         UsageError: if its episodes have no known limit.
@@ -38,7 +43,7 @@ def store_shapes(example: Observation, config: Config) -> Store:
             "--replay.placement device has to know how long an episode can be: give "
             "--env.max-steps, or --replay.placement host"
         )
-    slots = min(config.replay.capacity, config.collect.episodes)
+    slots = config.ring_slots + recorded
     frames = -(-length // config.frame_stride) + 1
     shape: Any = jax.ShapeDtypeStruct  # Any: it stands for the array of that shape
     return Store(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+
+from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
 
 
 def window_count(steps: int, horizon: int, longest: int, *, padding: bool) -> int:
@@ -25,3 +30,16 @@ def returns_to_go(rewards: np.ndarray, discount: float) -> np.ndarray:
         following = rewards[step] + discount * following
         returns[step] = following
     return returns.astype(np.float32)
+
+
+def prepared(episode: Episode, *, config: Config) -> Episode:
+    """An episode as the replay buffer keeps it: Diffuser's holds returns instead of rewards.
+
+    Of a terminated episode, a penalty is subtracted from the last reward first.
+    """
+    if "plan_value" not in config.model.networks:
+        return episode
+    rewards = config.learn.reward_scale * episode.rewards.astype(np.float64)
+    rewards[-1] -= config.learn.plan.penalty * episode.terminated
+    returns = returns_to_go(rewards, config.learn.discount)
+    return dataclasses.replace(episode, rewards=returns)

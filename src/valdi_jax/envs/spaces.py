@@ -137,6 +137,12 @@ class Interface:
         scaled = np.clip(scaled, self._actions.low, self._actions.high)
         return scaled.astype(self._actions.dtype)
 
+    def unact(self, actions: np.ndarray) -> np.ndarray:
+        """Convert actions [L, ...] of the environment to the agent's [L, A], clipped to [-1, 1]."""
+        reach = np.where(self._reach > 0, self._reach, 1)
+        scaled = (np.asarray(actions, np.float64) - self._centre) / reach
+        return np.clip(scaled, -1, 1).reshape(len(actions), -1).astype(np.float32)
+
 
 def _not_a_box(space: object, *, alone: bool) -> str:
     """Describe an observation that is not an array, and what to do."""

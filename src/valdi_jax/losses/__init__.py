@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,9 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.data import augment
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.losses import dynamics, energy, policy, q, reward, sigreg, value
+from valdi_jax.losses import dynamics, energy, plans, policy, q, reward, sigreg, value
 from valdi_jax.losses.base import Term, View
+from valdi_jax.losses.plans import PlanView, look_at_plans
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Batch, Draws, Params
 
@@ -25,6 +29,8 @@ TERMS: Registry[Term] = Registry(
         "q": q.TERM,
         "energy": energy.TERM,
         "policy": policy.TERM,
+        "plan": plans.TERM,
+        "plan_value": plans.VALUE_TERM,
     },
 )
 
@@ -48,9 +54,13 @@ def objective(
 
 def objective_and_view(
     params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config
-) -> tuple[Array, tuple[dict[str, Array], View]]:
+) -> tuple[Array, tuple[dict[str, Array], View | PlanView]]:
     """`objective`, and the encoded batch for the terms that take a step of their own."""
-    view = look(params, ema_params, batch, draws, config=config)
+    view: View | PlanView
+    if config.diffuses_plans:
+        view = look_at_plans(params, batch, config=config)
+    else:
+        view = look(params, ema_params, batch, draws, config=config)
     losses: dict[str, Array] = {}
     metrics: dict[str, Array] = {}
     for name in config.learn.terms:
@@ -69,7 +79,13 @@ def objective_and_view(
 
 
 def evaluate(
-    name: str, params: Params, ema_params: Params, view: View, draws: Draws, *, config: Config
+    name: str,
+    params: Params,
+    ema_params: Params,
+    view: View | PlanView,
+    draws: Draws,
+    *,
+    config: Config,
 ) -> tuple[Array, dict[str, Array]]:
     """One term's loss and metrics, with gradients only into what it trains."""
     term = TERMS[name]
@@ -142,8 +158,10 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
     """All random draws of one update on ``batch_size`` segments."""
-    sources = {name: (TERMS[name].keys, TERMS[name].draw) for name in ("dynamics", "sigreg")}
-    sources["augment"] = (2, augment.draw)
+    sources: dict[str, tuple[int, Callable[..., Any]]] = {}
+    if not config.diffuses_plans:
+        sources = {name: (TERMS[name].keys, TERMS[name].draw) for name in ("dynamics", "sigreg")}
+        sources["augment"] = (2, augment.draw)
     # Other terms come last, so that these keys stay the same.
     others = (name for name in config.learn.terms if name not in sources)
     sources |= {name: (TERMS[name].keys, TERMS[name].draw) for name in others}

@@ -2,13 +2,69 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from valdi_jax.diffusion import Posterior, add_noise
-from valdi_jax.types import Array
+from valdi_jax import model
+from valdi_jax.config import Config
+from valdi_jax.diffusion import Posterior, add_noise, cosine_posterior
+from valdi_jax.losses.base import Term
+from valdi_jax.networks.scaler import scale
+from valdi_jax.types import Array, Batch, Params
+
+
+class PlanView(struct.PyTreeNode):
+    """Inputs of Diffuser's losses."""
+
+    plans: Array  # [B, H + 1, A + S] normalised
+    returns: Array  # [B] discounted rewards from the first step to the episode's end
+
+
+class PlanDraws(NamedTuple):
+    """Random draws of one of Diffuser's losses."""
+
+    timesteps: Array  # [B] int32
+    noise: Array  # [B, H + 1, A + S] standard normal
+
+
+def look_at_plans(params: Params, batch: Batch, *, config: Config) -> PlanView:
+    """Windows of a batch as normalised plans; beyond an episode's end they are 0 before it."""
+    states, scalers = batch.observations.vector, params["scalers"]
+    rows = config.model.horizon + 1
+    states = jnp.asarray(states)[:, :rows] * jnp.asarray(batch.within)[..., None]
+    kind = config.model.unet.scaler
+    plans = jnp.concatenate(
+        [
+            scale(scalers["actions"], jnp.asarray(batch.actions), kind=kind),
+            scale(scalers["states"], states, kind=kind),
+        ],
+        axis=-1,
+    )
+    return PlanView(jax.lax.stop_gradient(plans), jnp.asarray(batch.rewards)[:, 0, 0])
+
+
+def pinned(config: Config) -> np.ndarray:
+    """Mask [H + 1, A + S] of what is known of a plan: its first state."""
+    mask = np.zeros((config.model.horizon + 1, _size(config)), bool)
+    mask[0, config.model.action_dim :] = True
+    return mask
+
+
+def _size(config: Config) -> int:
+    return config.model.action_dim + config.model.state_dim
+
+
+def draw(keys: Array, batch_size: int, *, config: Config) -> PlanDraws:
+    """Draws from [2] keys."""
+    shape = (batch_size, config.model.horizon + 1, _size(config))
+    timesteps = jax.random.randint(keys[0], (batch_size,), 0, config.model.unet.timesteps)
+    return PlanDraws(timesteps, jax.random.normal(keys[1], shape))
 
 
 def loss_weights(
@@ -64,3 +120,45 @@ def noise_plans(
     """Plans [B, H, D] noised to timesteps [B], but for their pinned entries."""
     alpha_bar = jnp.asarray(posterior.alpha_bars)[timesteps][:, None, None]
     return jnp.where(mask, clean, add_noise(clean, noise, alpha_bar))
+
+
+def loss(
+    params: Params, ema_params: Params, view: PlanView, draws: PlanDraws, *, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """The U-Net's."""
+    model_config, settings = config.model, config.learn.plan
+    weights = loss_weights(
+        model_config.horizon + 1,
+        model_config.action_dim,
+        model_config.state_dim,
+        action_weight=settings.action_weight,
+        discount=settings.discount,
+    )
+    error = plan_loss(
+        functools.partial(model.denoise_plans, params, config=config),
+        view.plans,
+        *draws,
+        pinned(config),
+        posterior=cosine_posterior(model_config.unet.timesteps),
+        weights=weights,
+    )
+    return error, {}
+
+
+def value_loss(
+    params: Params, ema_params: Params, view: PlanView, draws: PlanDraws, *, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """Squared error of the return predicted from a noised plan."""
+    posterior = cosine_posterior(config.model.unet.timesteps)
+    noised = noise_plans(view.plans, *draws, pinned(config), posterior=posterior)
+    values = model.plan_value(params, noised, draws.timesteps, config=config)
+    error = jnp.mean((values - view.returns) ** 2)
+    return error, {"value/mean": values.mean(), "value/target_mean": view.returns.mean()}
+
+
+def _weight(config: Config) -> float:
+    return 1.0
+
+
+TERM = Term(trains=("unet",), weight=_weight, loss=loss, keys=2, draw=draw)
+VALUE_TERM = Term(trains=("plan_value",), weight=_weight, loss=value_loss, keys=2, draw=draw)

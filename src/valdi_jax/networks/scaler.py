@@ -9,12 +9,21 @@ import numpy as np
 from valdi_jax.networks.layers import on_last_axis
 from valdi_jax.types import Array
 
-KINDS = ("gaussian", "limits", "safe-limits", "cdf")
-
 _TOLERANCE = 1e-4  # beyond [-1, 1], before the limits' inverse clips
 _MOST_POINTS = 4096  # of a distribution function
 
 Scaler = dict[str, np.ndarray]
+
+
+def init_scaler(kind: str, size: int) -> Scaler:
+    """Statistics before any data: they leave what is in [-1, 1] unchanged."""
+    if kind == "cdf":
+        ramp = np.linspace(0, 1, _MOST_POINTS, dtype=np.float32)[:, None]
+        return {
+            "values": np.repeat(2 * ramp - 1, size, axis=1),
+            "probabilities": np.repeat(ramp, size, axis=1),
+        }
+    return {"center": np.zeros(size, np.float32), "scale": np.ones(size, np.float32)}
 
 
 def fit(kind: str, data: np.ndarray) -> Scaler:
@@ -29,8 +38,7 @@ def fit(kind: str, data: np.ndarray) -> Scaler:
         return {"center": data.mean(axis=0), "scale": data.std(axis=0)}
     if kind == "cdf":
         points = [_distribution(column) for column in data.T]
-        most = max(len(values) for values, _ in points)
-        pad = [(0, most - len(values)) for values, _ in points]
+        pad = [(0, _MOST_POINTS - len(values)) for values, _ in points]
         return {
             name: np.stack(
                 [np.pad(p[i], n, mode="edge") for p, n in zip(points, pad, strict=True)], axis=1
@@ -53,6 +61,7 @@ def _distribution(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def scale(scaler: Scaler, x: Array | np.ndarray, *, kind: str) -> Array:
     """Normalise [..., D]."""
+    x = jnp.asarray(x)
     if kind == "cdf":
         share = _interpolate(x, scaler["values"], scaler["probabilities"])
         return 2 * share - 1
@@ -61,6 +70,7 @@ def scale(scaler: Scaler, x: Array | np.ndarray, *, kind: str) -> Array:
 
 def unscale(scaler: Scaler, x: Array | np.ndarray, *, kind: str) -> Array:
     """The inverse. The limits' clips all entries to [-1, 1] if any is beyond, as the authors do."""
+    x = jnp.asarray(x)
     if kind == "cdf":
         return _interpolate((x + 1) / 2, scaler["probabilities"], scaler["values"])
     if kind != "gaussian":

@@ -12,7 +12,7 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
-from valdi_jax.planners import cem, icem, mbdpo, mppi
+from valdi_jax.planners import cem, diffuser, icem, mbdpo, mppi
 from valdi_jax.planners.base import Planner, Problem, correlated_normal
 from valdi_jax.planners.scoring import TailDraws, draw_tail, over_devices, predicted_return
 from valdi_jax.registry import Registry
@@ -25,6 +25,7 @@ PLANNERS: Registry[Planner] = Registry(
         "icem": icem.PLANNER,
         "mppi": mppi.PLANNER,
         "mbdpo": mbdpo.PLANNER,
+        "diffuser": diffuser.PLANNER,
     },
 )
 
@@ -79,6 +80,9 @@ def _plan(
     _check_arguments(params, obs, key, noise_std)
     settings = config.planner
     planner = PLANNERS[settings.kind]
+    carry = first_carry(config) if carry is None else carry
+    if planner.plan is not None:
+        return planner.plan(params, obs, key, noise_std, carry, config=config)
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
     z = model.encode(params, obs, config=config)
@@ -121,7 +125,6 @@ def _plan(
         score,
         propose if settings.policy_candidates and "policy" in params else None,
     )
-    carry = first_carry(config) if carry is None else carry
     found, carry = planner.search(problem, carry, search_key, config=settings)
     found_score = found.score
     if found_score is None:
@@ -166,7 +169,7 @@ def propose_chunks(
 
 
 def _check_arguments(params: Any, obs: Any, key: Any, noise_std: Any) -> None:
-    if not isinstance(params, dict) or "encoder" not in params:
+    if not isinstance(params, dict) or not {"encoder", "unet"} & params.keys():
         raise UsageError("params are not those of all networks: give AgentState.params")
     if not isinstance(obs, Observation):
         kind = type(obs).__name__ if isinstance(obs, dict) else "an array"

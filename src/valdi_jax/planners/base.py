@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from valdi_jax.types import Array
+from valdi_jax.types import Array, Plan
 
 
 class Problem(NamedTuple):
@@ -45,11 +45,14 @@ class Planner(NamedTuple):
         init: (shape [S, A], *, config) -> carry of an episode's first search, any pytree.
         search: (problem, carry, key, *, config) -> `Found`, and the next carry.
         squash: maps the search space to actions in [-1, 1], after exploration noise is added.
+        plan: (params, observation, key, noise_std, carry, *, config) -> `Plan`, of a planner that
+            is its own model and searches nothing; here ``config`` is the whole.
     """
 
     init: Callable[..., Any]
     search: Callable[..., tuple[Found, Any]]
     squash: Callable[[Array], Array]
+    plan: Callable[..., Plan] | None = None
 
 
 def clip(actions: Array) -> Array:

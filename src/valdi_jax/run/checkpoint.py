@@ -578,7 +578,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
         optimizer=training["optimizer"],
         step=training["step"],
         key=jax.random.wrap_key_data(training["key"]),
-        average=jax.tree.map(jnp.copy, acting) if config.learn.average else None,
+        average=jax.tree.map(jnp.copy, acting) if config.acts_with_average else None,
         after=training.get("after"),
     )
     return state, _load_progress(checkpoint / "progress.json")

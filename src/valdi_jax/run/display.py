@@ -13,11 +13,13 @@ from rich.table import Table
 
 
 class Display:
-    """Live table on a terminal, otherwise one line per episode."""
+    """Live table on a terminal, otherwise one line per episode (on recorded data, per epoch)."""
 
-    def __init__(self, console: Console, total: int, done: int, returns: list[float]):
+    def __init__(
+        self, console: Console, total: int, done: int, returns: list[float], unit: str = "episode"
+    ):
         self._console = console
-        self._total = total
+        self._total, self._unit = total, unit
         self._first = self._done = done
         self._returns = deque(returns, maxlen=20)
         self._start = time.monotonic()
@@ -51,7 +53,8 @@ class Display:
         """Show a finished episode's metrics."""
         self._record = record
         self._done += 1
-        self._returns.append(record["episode/return"])
+        if "episode/return" in record:
+            self._returns.append(record["episode/return"])
         if not self._console.is_terminal:
             self.say("  ".join(f"{name} {value}" for name, value in self._columns()))
 
@@ -64,12 +67,15 @@ class Display:
         def number(key: str, form: str) -> str:
             return format(record[key], form) if key in record else "-"
 
-        return [
-            ("episode", f"{self._done}/{self._total}"),
+        episode = [
             ("return", number("episode/return", ".1f")),
             ("mean of 20", f"{mean:.1f}"),
             ("steps", number("episode/length", "d")),
             ("plan ms", number("time/plan_ms", ".0f")),
+        ]
+        return [
+            (self._unit, f"{self._done}/{self._total}"),
+            *(episode if "episode/return" in record else []),
             ("update ms", number("time/update_ms", ".0f")),
             ("loss", number("loss/total", ".3f")),
             (
@@ -81,7 +87,7 @@ class Display:
         ]
 
     def _table(self) -> Table:
-        columns = self._columns() if self._record else [("episode", f"{self._done}/{self._total}")]
+        columns = self._columns() if self._record else [(self._unit, f"{self._done}/{self._total}")]
         table = Table(*(name for name, _ in columns), caption=self._phase or None)
         table.add_row(*(value for _, value in columns))
         return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from valdi_jax.data.episode import Episode
 from valdi_jax.data.replay import Replay, Segments
 from valdi_jax.data.source import SOURCES
 from valdi_jax.data.store import Store, store_episode, store_shapes
+from valdi_jax.data.windows import prepared
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.losses import TERMS
@@ -40,6 +41,7 @@ class Learner:
         config: the run's configuration.
         run_dir: where the batches of non-finite updates are saved.
         say: called with a message about such an update.
+        recorded: episodes that stay in the replay buffer.
 
     Attributes:
         state: the agent after the last update.
@@ -60,6 +62,7 @@ class Learner:
         config: Config,
         run_dir: Path,
         say: Callable[[str], None],
+        recorded: Sequence[Episode] = (),
     ):
         self.replay = Replay(config)
         self.updates = int(state.step)
@@ -74,14 +77,16 @@ class Learner:
         whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
         # A single device is named too, as in a loaded state, or the update compiles for each.
         self.state = jax.device_put(state, whole or jax.local_devices()[0])
-        self.placement = place(example, config)
+        self.placement = place(example, config, len(recorded))
         self._store: Store | None = None
         if self.placement == "device":
-            shapes = store_shapes(example, config)
+            shapes = store_shapes(example, config, len(recorded))
             self._store = jax.jit(
                 lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
                 out_shardings=whole,
             )()
+        for episode in recorded:
+            self._put(self.replay.give, episode)
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[Params]:
@@ -101,7 +106,11 @@ class Learner:
 
     def restore(self, episode: Episode) -> None:
         """Add an episode that the normaliser has already seen."""
-        slot = self.replay.add(episode)
+        self._put(self.replay.add, episode)
+
+    def _put(self, add: Callable[[Episode], int], episode: Episode) -> None:
+        episode = prepared(episode, config=self._config)
+        slot = add(episode)
         if self._store is None:
             return
         try:
@@ -242,9 +251,10 @@ def check_names(config: Config) -> None:
     )
     for registry, name in named:
         registry[name]  # raises
-    networks = {"encoder", "dynamics", "reward", *config.model.networks}
-    if "q" not in networks:
-        networks.add("value")
+    networks = set(config.model.networks)
+    if not config.diffuses_plans:
+        networks |= {"encoder", "dynamics", "reward"}
+        networks |= set() if "q" in networks else {"value"}
     for name in config.learn.terms:
         for network in (*TERMS[name].trains, *TERMS[name].needs):
             if network not in networks:
@@ -275,8 +285,8 @@ def sharing(config: Config) -> int:
     return max(n for n in divisors if config.learn.batch_size % n == 0)
 
 
-def place(example: Observation, config: Config) -> str:
-    """Where a run's segments are gathered: ``"device"`` or ``"host"``.
+def place(example: Observation, config: Config, recorded: int = 0) -> str:
+    """Where a run's segments, of so many recorded episodes too, are gathered: device or host.
 
     Raises:
         UsageError: if the device is requested, and the episodes have no known limit.
@@ -289,7 +299,7 @@ def place(example: Observation, config: Config) -> str:
     if jax.default_backend() == "cpu":  # where a loop only slows updates down
         return "host"
     try:
-        shapes = jax.tree.leaves(store_shapes(example, config))
+        shapes = jax.tree.leaves(store_shapes(example, config, recorded))
     except UsageError:
         return "host"
     needed = sum(x.size * x.dtype.itemsize for x in shapes)

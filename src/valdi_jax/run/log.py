@@ -74,8 +74,9 @@ class RunLog:
             every, by_step = self._tensorboard
             every.write(record)
             step = record["total/env_steps"]
-            named = {f"env_steps/{key}": record[key] for key in _BY_STEP if key in record}
-            by_step.write({"total/env_steps": step} | named)
+            if step:  # none on recorded data alone
+                named = {f"env_steps/{key}": record[key] for key in _BY_STEP if key in record}
+                by_step.write({"total/env_steps": step} | named)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -8,7 +8,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from valdi_jax.run.reporter import Reporter
 from valdi_jax.run.saver import Saver
 from valdi_jax.run.video import record_video
 from valdi_jax.types import AgentState, Params
-from valdi_jax.updates import init_state, start_from
+from valdi_jax.updates import fit_scalers, init_state, observe, start_from
 
 # What may change on resuming: the length of the run, its reports, and its hardware.
 _CHANGEABLE = (
@@ -50,13 +50,16 @@ def train(
     init_from: Path | None = None,
     console: Console | None = None,
     on_record: Callable[[dict[str, Any]], object] | None = None,
+    data: Iterable[Any] | None = None,
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
     if resume:
-        _belongs(run_dir, make)
+        _belongs(run_dir, make, data)
+    if data is not None:
+        config = config.replace(collect={"data": "python"})
     # The source determines the action size, but takes a configuration first.
     validate(config.replace(model={"action_dim": 1}))
-    source = SOURCES[config.collect.source](config, make)
+    source = SOURCES[config.collect.source](config, make, data)
     config = source.config
     validate(config)
     check(source.example, config)
@@ -68,6 +71,7 @@ def train(
         given = start_from(_first_state(source), params)
     if resume:
         checkpoint.load_config(run_dir)  # raises before anything is made
+    recorded = source.recorded()
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
         interrupt = stack.enter_context(cli.interruptible())
@@ -76,11 +80,16 @@ def train(
             _may_resume(run_dir, config)
         else:
             made_by = None if make is make_env else _name(make)
+            if made_by is None and data is not None:
+                made_by = "a program that gives recorded data"
             checkpoint.create_run(run_dir, config, given, made_by=made_by)
         known = resume or init_from is not None
         recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
         if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
             state, progress = _first_state(source), Progress()
+            state = fit_scalers(state, recorded, config=config)
+            for episode in recorded:
+                state = observe(state, episode.observations.vector)
         else:
             state, progress = checkpoint.load(recovered.checkpoint, source.example, config)
         if config.collect.episodes < progress.episodes:
@@ -102,7 +111,13 @@ def train(
             if new:
                 reporter.say(f"note: at their defaults, as the run is older: {', '.join(new)}")
             checkpoint.save_config(run_dir, config)
-        learner = Learner(state, source.example, config=config, run_dir=run_dir, say=reporter.say)
+        learner = Learner(
+            *(state, source.example),
+            config=config,
+            run_dir=run_dir,
+            say=reporter.say,
+            recorded=recorded,
+        )
         for number in recovered.digests:
             episode = checkpoint.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
@@ -163,13 +178,15 @@ def _loop(
                     learn, source, learner, reporter, executor, numbers, metrics, interrupt
                 )
             else:
-                reporter.collecting(numbers)
+                if config.collect.source != "data":
+                    reporter.collecting(numbers)
                 with learner.planning() as params:
                     rollouts = source.collect(params, numbers, interrupt)
             for rollout in rollouts:
                 learner.add(rollout.episode)
-            metrics["time/save_s"] = saver.add(numbers, rollouts)
-            source.count(progress, rollouts)
+            if rollouts:
+                metrics["time/save_s"] = saver.add(numbers, rollouts)
+            source.count(progress, numbers, rollouts)
             reporter.tick()
             for sentence in source.notices():
                 reporter.say(sentence)
@@ -180,7 +197,10 @@ def _loop(
             finally:
                 # Also on an interrupt: the episodes exist, and their missing updates follow on
                 # resuming.
-                reporter.episodes(numbers, rollouts, metrics, learner.updates)
+                if rollouts:
+                    reporter.episodes(numbers, rollouts, metrics, learner.updates)
+                else:
+                    reporter.epoch(numbers[0], metrics, learner.updates)
     except Exception as error:  # an environment may raise anything
         reporter.phase("saving")
         try:
@@ -194,7 +214,7 @@ def _loop(
         raise
     if (progress.episodes, learner.updates, reporter.evaluated) == before:
         reporter.say(
-            f"nothing to do: {total} of {total} episodes collected; --collect.episodes takes more"
+            f"nothing to do: {total} of {total} {config.unit}s done; --collect.episodes takes more"
         )
         return
     if not saver.complete:
@@ -217,13 +237,12 @@ def _first_state(source: Source) -> AgentState:
     return init_state(key, source.example, config=source.config)
 
 
-def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
-    """Raise UsageError if a run is of other environments than this package makes."""
+def _belongs(run_dir: Path, make: Callable[..., gym.Env], data: Iterable[Any] | None) -> None:
+    """Raise UsageError if a run's environments or data come from a program, and not from here."""
     known = checkpoint.identity(run_dir)
-    if known and known["made_by"] and make is make_env:
+    if known and known["made_by"] and make is make_env and data is None:
         raise UsageError(
-            f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
-            "from that program"
+            f"{run_dir} was trained on what {known['made_by']} makes: continue it from that program"
         )
 
 

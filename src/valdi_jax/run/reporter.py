@@ -47,7 +47,9 @@ class Reporter:
         self._film = film
         records = read_jsonl(run_dir / "metrics.jsonl")[: progress.episodes]
         returns = [record.get("episode/return") or 0.0 for record in records[-20:]]
-        self._display = Display(console, config.collect.episodes, progress.episodes, returns)
+        self._display = Display(
+            console, config.collect.episodes, progress.episodes, returns, config.unit
+        )
         self.say, self.phase = self._display.say, self._display.phase
         self._log = RunLog(
             run_dir,
@@ -138,10 +140,31 @@ class Reporter:
                 "plan/noise_std": noise_std,
                 **metrics,
             }
-            self._log.episode(record)
-            self._display.episode(record)
-            self._on_record(record)
-        if updates and not self._compiled:
+            self._record(record)
+        if updates:
+            self._say_compiled()
+
+    def epoch(self, number: int, metrics: dict[str, float], updates: int) -> None:
+        """Report an epoch on recorded data, with the metrics of its updates."""
+        self._record(
+            {
+                "episode": number,
+                "time/seconds": self._progress.seconds,
+                **_memory(),
+                "total/env_steps": 0,
+                "total/updates": updates,
+                **metrics,
+            }
+        )
+        self._say_compiled()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._log.episode(record)
+        self._display.episode(record)
+        self._on_record(record)
+
+    def _say_compiled(self) -> None:
+        if not self._compiled:
             self._compiled = True
             seconds, spared = compilation.compile_cost()
             cached = jax.config.values["jax_compilation_cache_dir"] is not None
@@ -168,7 +191,7 @@ class Reporter:
         self._log.evaluation(record)
         self._on_record(record)
         self.say(
-            f"evaluation after {self._progress.episodes} episodes: mean return "
+            f"evaluation after {self._progress.episodes} {self._config.unit}s: mean return "
             f"{np.mean(returns):.1f} over {len(returns)}"
         )
         if self._config.eval.video:

@@ -1,0 +1,107 @@
+"""Recorded episodes, from Minari datasets or from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from valdi_jax.config import Config
+from valdi_jax.data.episode import Episode
+from valdi_jax.envs.spaces import Interface
+from valdi_jax.errors import UsageError
+from valdi_jax.registry import Registry
+
+
+def read_recorded(name: str, interface: Interface, config: Config) -> list[Episode]:
+    """The episodes of ``--data KIND:ID``.
+
+    Raises:
+        UsageError: if there are none such, or they do not fit the environment's spaces.
+    """
+    kind, _, rest = name.partition(":")
+    return to_episodes(READERS[kind](rest), interface, config, name)
+
+
+def _read_minari(name: str) -> Iterable[Any]:
+    """Episodes of a local Minari dataset; nothing is downloaded."""
+    try:
+        import minari
+    except ImportError as error:
+        raise UsageError(
+            "--data minari:ID needs the extra offline: pip install 'valdi-jax[offline]'"
+        ) from error
+    try:
+        return minari.load_dataset(name).iterate_episodes()
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a name without a version
+        local = ", ".join(sorted(minari.list_local_datasets())[:20]) or "none"
+        raise UsageError(
+            f"--data minari:{name}: no such local dataset (there are: {local}); python -m "
+            "valdi_jax.record makes one, minari download fetches one"
+        ) from error
+
+
+READERS: Registry[Callable[[str], Iterable[Any]]] = Registry("--data", {"minari": _read_minari})
+
+
+def to_episodes(
+    recorded: Iterable[Any], interface: Interface, config: Config, name: str = "the recorded data"
+) -> list[Episode]:
+    """Convert episodes in the environment's terms to the agent's.
+
+    Args:
+        recorded: objects with ``observations`` (L + 1, or a dict of such arrays), ``actions`` [L,
+            ...], ``rewards`` [L], ``terminations`` [L] and ``truncations`` [L], as Minari's.
+        interface: to the environment.
+        config: the run's configuration.
+        name: of the data, for messages.
+
+    Raises:
+        UsageError: if one does not fit, or there are none.
+    """
+    episodes = []
+    for number, each in enumerate(recorded):
+        try:
+            episodes.append(_to_episode(each, interface, config.frame_stride))
+        except (ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+            raise UsageError(f"{name}, episode {number}: {error}") from error
+    if not episodes:
+        raise UsageError(f"{name} holds no episode")
+    return episodes
+
+
+def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
+    rewards = np.asarray(recorded.rewards, np.float32).reshape(-1)
+    steps = len(rewards)
+    if not steps:
+        raise ValueError("it has no step")
+    if not np.isfinite(rewards).all():
+        raise ValueError("a reward is not finite")
+    actions = interface.unact(np.asarray(recorded.actions))
+    if actions.shape != (steps, interface.action_dim):
+        raise ValueError(
+            f"its actions have the shape {np.shape(recorded.actions)}; the environment's have "
+            f"{interface.action_dim} numbers, for {steps} rewards"
+        )
+    if not np.isfinite(actions).all():
+        raise ValueError("an action is not finite")
+    kept = [*range(0, steps, stride), steps]
+    observations = [interface.observe(_at(recorded.observations, i)) for i in kept]
+    terminated = bool(np.asarray(recorded.terminations)[-1])
+    return Episode(
+        observations=jax.tree.map(lambda *x: np.stack(x), *observations),
+        actions=actions,
+        rewards=rewards,
+        terminated=terminated,
+        truncated=not terminated,
+        seed=0,
+    )
+
+
+def _at(observations: Any, step: int) -> Any:
+    """One observation of arrays [L + 1, ...], or of a dict of them."""
+    if isinstance(observations, dict):
+        return {name: _at(part, step) for name, part in observations.items()}
+    return observations[step]

@@ -1,0 +1,204 @@
+"""Record episodes as a Minari dataset: ``python -m valdi_jax.record minari:pendulum/mine-v0``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from rich.progress import track
+
+from valdi_jax import cli, compilation
+from valdi_jax.config import EnvConfig
+from valdi_jax.envs import import_modules, make_env, own_env
+from valdi_jax.errors import UsageError
+from valdi_jax.presets import default_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of the recording command."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="minari:ID")]
+    """Dataset to write, such as minari:pendulum/mine-v0 (to MINARI_DATASETS_PATH, by default
+    ~/.minari/datasets)."""
+    agent: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
+    """A run, a checkpoint, an exported agent or a bundled one, which acts in its environment. By
+    default actions are random."""
+    env: Annotated[str, tyro.conf.arg(metavar="NAME")] = "pendulum"
+    """Environment of random actions."""
+    episodes: int = 100
+    """Episodes to record."""
+    random: float = 0.0
+    """Share of an agent's actions that are replaced by random ones."""
+    seed: int = 0
+    """Seed of the first episode; the others follow it."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
+    """Modules to import first, which register environments with Gymnasium."""
+
+
+class Controller:
+    """What `record` asks for actions: ``reset()`` begins an episode, ``act(observation)`` acts."""
+
+    def reset(self) -> None:
+        """Begin an episode."""
+
+    def act(self, observation: Any) -> np.ndarray:
+        """The action for an observation of the environment."""
+        raise NotImplementedError
+
+
+class _Random(Controller):
+    """Random actions, in place of a share of a controller's."""
+
+    def __init__(self, actions: gym.Space, share: float, seed: int, controller: Any = None):
+        actions.seed(seed)
+        self._actions, self._share, self._controller = actions, share, controller
+        self._rng = np.random.default_rng(seed)
+
+    def reset(self) -> None:
+        if self._controller is not None:
+            self._controller.reset()
+
+    def act(self, observation: Any) -> np.ndarray:
+        random = self._actions.sample()
+        if self._controller is None:
+            return random
+        planned = self._controller.act(observation)  # a plan's later actions stay in their places
+        return random if self._rng.random() < self._share else planned
+
+
+def record(
+    env: gym.Env,
+    controller: Any,
+    name: str,
+    *,
+    episodes: int,
+    seed: int = 0,
+    each: Callable[[Any], Any] = lambda numbers: numbers,
+    description: str = "",
+) -> np.ndarray:
+    """Record episodes as a local Minari dataset.
+
+    Args:
+        env: an environment with a limit on its episodes.
+        controller: has ``reset()`` and ``act(observation)``, as a `Controller` or an `Agent`.
+        name: of the dataset, as Minari writes it: ``namespace/name-v0``.
+        episodes: to record.
+        seed: of the first episode's reset; the others follow it.
+        each: wraps the episodes' numbers, e.g. in a progress bar.
+        description: of the controller, kept with the data.
+
+    Ctrl-C ends the recording, which keeps what there is once an episode is over.
+
+    Returns: the episodes' returns [episodes].
+
+    Raises:
+        UsageError: if Minari is missing, the name is not one of its, or taken.
+    """
+    minari = _minari()
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
+        raise UsageError(f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0")
+    if name in minari.list_local_datasets():
+        raise UsageError(f"minari:{name} exists already: give another name")
+    collector = minari.DataCollector(env, data_format="hdf5")
+    returns = np.zeros(episodes)
+    done = 0
+    with contextlib.suppress(KeyboardInterrupt):  # keep what there is
+        for number in each(range(episodes)):
+            controller.reset()
+            observation, _ = collector.reset(seed=seed + number)
+            over = False
+            while not over:
+                action = controller.act(observation)
+                observation, reward, terminated, truncated, _ = collector.step(action)
+                returns[number] += float(reward)
+                over = terminated or truncated
+            done += 1
+    if not done:
+        raise KeyboardInterrupt
+    returns = returns[:done]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
+        collector.create_dataset(
+            name,
+            algorithm_name=description or type(controller).__name__,
+            description=f"recorded by valdi_jax.record: {description}",
+            ref_min_score=float(returns.min()),
+            ref_max_score=float(returns.max()),
+        )
+    collector.close()
+    return returns
+
+
+def _minari() -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise UsageError(
+            "recording needs the extra offline: pip install 'valdi-jax[offline]'"
+        ) from error
+    return minari
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    arguments = cli.parse(
+        Arguments,
+        argv,
+        prog="python -m valdi_jax.record",
+        description="Record episodes as a Minari dataset.",
+    )
+    kind, _, name = arguments.data.partition(":")
+    if kind != "minari" or not name:
+        raise UsageError(f"{arguments.data!r} is not minari:ID")
+    if not 0 <= arguments.random <= 1:
+        raise UsageError(f"--random is {arguments.random}; it must be between 0 and 1")
+    if arguments.episodes < 1:
+        raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
+    _minari()
+    import_modules(arguments.imports)
+    compilation.cache_compilations()
+    agent = None
+    if arguments.agent is None:
+        config: EnvConfig = default_config(arguments.env, None).env
+        env = own_env(make_env, config, training=False)
+    else:
+        from valdi_jax.agent import Agent
+
+        agent = Agent.load(arguments.agent)
+        env = agent.make_env()
+    share = arguments.random if agent is not None else 1.0
+    what = "random actions" if agent is None else f"{arguments.agent}, {share:.0%} random"
+    returns = record(
+        env,
+        _Random(env.action_space, share, arguments.seed, agent),
+        name,
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        each=lambda numbers: track(numbers, description="recording", transient=True),
+        description=what,
+    )
+    root = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    print(
+        f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f} +- "
+        f"{returns.std():.1f}, in {root}"
+    )
+    return 0
+
+
+def command() -> None:
+    """Run the console script."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,245 @@
+"""Learning from recorded episodes."""
+
+import io
+import types
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from toy import CONFIG, make_counting
+
+from valdi_jax.agent import Agent
+from valdi_jax.config import UNetConfig, validate
+from valdi_jax.data.recorded import to_episodes
+from valdi_jax.data.replay import Replay
+from valdi_jax.envs.spaces import Interface
+from valdi_jax.errors import UsageError
+from valdi_jax.record import main as record_main
+from valdi_jax.record import record
+from valdi_jax.run import checkpoint
+from valdi_jax.run.log import read_jsonl
+from valdi_jax.train import main, train
+
+OFFLINE = CONFIG.replace(
+    collect={"source": "data", "data": "given", "epoch": 4, "episodes": 3},
+    checkpoint={"every": 1},
+)
+DIFFUSER = OFFLINE.replace(
+    model={
+        "networks": ("unet", "plan_value"),
+        "horizon": 7,
+        "chunk": 1,
+        "unet": UNetConfig(width=16, multipliers=(1, 2), timesteps=4),
+    },
+    planner={"kind": "diffuser", "candidates": 3, "elites": 2},
+    learn={"terms": ("plan", "plan_value"), "act": "ema", "ema_every": 2, "ema_start": 4},
+    replay={"sampling": "step"},
+)
+
+
+def recorded(steps=30, seed=0, terminated=False, **changes):
+    """An episode of the toy environment, as Minari gives it."""
+    rng = np.random.default_rng(seed)
+    over = np.arange(steps) == steps - 1
+    fields = {
+        "observations": {
+            "vector": np.stack([np.full(steps + 1, seed), np.arange(steps + 1)], axis=1).astype(
+                np.float32
+            )
+        },
+        "actions": rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
+        "rewards": np.arange(1.0, steps + 1),
+        "terminations": over & terminated,
+        "truncations": over & (not terminated),
+    }
+    return types.SimpleNamespace(**fields | changes)
+
+
+EPISODES = [recorded(seed=seed) for seed in range(4)]
+
+
+def run(directory, config=OFFLINE, data=EPISODES, **settings):
+    output = io.StringIO()
+    state = train(
+        config, directory, data=data, make=make_counting, console=Console(file=output), **settings
+    )
+    return state, output.getvalue()
+
+
+def interface():
+    env = make_counting(CONFIG.env, training=True)
+    return Interface(env.observation_space, env.action_space)
+
+
+def test_recorded_episodes_become_the_agents():
+    (episode,) = to_episodes([recorded(20, seed=7, terminated=True)], interface(), CONFIG)
+    assert episode.observations.vector.shape == (21, 2)
+    assert np.all(episode.observations.vector[:, 0] == 7)
+    np.testing.assert_array_equal(episode.rewards, np.arange(1, 21))
+    assert episode.terminated
+    assert not episode.truncated
+    strided = CONFIG.replace(env={"render_every": "chunk"}, model={"chunk": 3})
+    (episode,) = to_episodes([recorded(20)], interface(), strided)
+    assert episode.observations.vector[:, 1].tolist() == [0, 3, 6, 9, 12, 15, 18, 20]
+
+
+def test_actions_are_scaled_from_the_environments_bounds():
+    env = make_counting(CONFIG.env, training=True)
+    env.action_space = type(env.action_space)(
+        np.array([0, -2, -1], np.float32), np.array([1, 2, 3], np.float32)
+    )
+    ours = Interface(env.observation_space, env.action_space)
+    actions = np.array([[0, 2, 1], [0.5, -1, 5]], np.float32)
+    np.testing.assert_allclose(ours.unact(actions), [[-1, 1, 0], [0, -0.5, 1]])
+    np.testing.assert_allclose(ours.act(ours.unact(actions[:1])[0]), actions[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"actions": np.zeros((30, 2))}, r"episode 0: .*broadcast|actions have the shape"),
+        ({"actions": np.zeros((29, 3))}, "for 30 rewards"),
+        ({"actions": np.full((30, 3), np.nan)}, "an action is not finite"),
+        ({"rewards": np.full(30, np.inf)}, "a reward is not finite"),
+        ({"rewards": []}, "no step"),
+        ({"observations": {"vector": np.zeros((31, 3), np.float32)}}, r"shape \(3,\)"),
+        ({"observations": {"vector": np.zeros((20, 2), np.float32)}}, "out of bounds"),
+        ({"observations": {"other": np.zeros((31, 2), np.float32)}}, "'vector' is missing"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        to_episodes([recorded(**changes)], interface(), CONFIG)
+
+
+def test_no_episodes_are_refused():
+    with pytest.raises(UsageError, match="holds no episode"):
+        to_episodes([], interface(), CONFIG)
+
+
+def test_a_batch_holds_the_chosen_share_of_recorded_episodes():
+    config = CONFIG.replace(replay={"data_share": 0.25}, collect={"episodes": 10})
+    replay = Replay(config)
+    given = to_episodes([recorded(seed=100 + seed) for seed in range(3)], interface(), config)
+    for episode in given:
+        replay.give(episode)
+
+    def seeds():
+        batch = replay.gather(replay.draw(np.random.default_rng(0), 40))
+        return batch.observations.vector[:, 0, 0]
+
+    assert np.all(seeds() >= 100)
+    for episode in to_episodes([recorded(seed=seed) for seed in range(20)], interface(), config):
+        replay.add(episode)  # more than there is room for: the recorded ones stay
+    assert np.sum(seeds() >= 100) == 10
+    assert len(replay) == 23 or len(replay) == 3 + config.replay.capacity
+
+
+@pytest.mark.parametrize("config", [OFFLINE, DIFFUSER], ids=["valdi", "diffuser"])
+def test_training_on_data_alone_resumes_bit_for_bit(tmp_path, config):
+    whole, output = run(tmp_path / "whole", config)
+    assert "epoch 3/3" in output
+    assert "evaluation after 2 epochs" in output
+    assert int(whole.step) == 12
+    records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert [record["episode"] for record in records] == [0, 1, 2]
+    assert all(np.isfinite(record["loss/total"]) for record in records)
+    assert not list((tmp_path / "whole" / "replay").glob("*.npz"))
+    run(tmp_path / "parts", config.replace(collect={"episodes": 1}))
+    resumed, _ = run(tmp_path / "parts", config, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, whole.replace(key=0), resumed.replace(key=0))
+    with pytest.raises(UsageError, match="continue it from that program"):
+        main(["--resume", str(tmp_path / "parts")])
+
+
+def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
+    state, _ = run(tmp_path / "early", DIFFUSER.replace(collect={"episodes": 1}, eval={"every": 0}))
+    assert int(state.step) == 4  # before ema_start, but after the copy at step 2
+    moved = [
+        not np.array_equal(ours, ema)
+        for ours, ema in zip(
+            jax.tree.leaves(state.params["unet"]),
+            jax.tree.leaves(state.ema_params["unet"]),
+            strict=True,
+        )
+    ]
+    assert any(moved)  # update 3 came after the last copy
+    jax.tree.map(np.testing.assert_array_equal, state.acting, state.ema_params)
+    scalers = state.params["scalers"]
+    states = np.concatenate([each.observations["vector"][:-1] for each in EPISODES])
+    np.testing.assert_allclose(scalers["states"]["center"], states.mean(axis=0), rtol=1e-5)
+
+
+def test_an_offline_diffuser_acts(tmp_path):
+    run(tmp_path / "run", DIFFUSER)
+    agent = Agent.load(tmp_path / "run", make=make_counting)
+    plan = agent.plan({"vector": np.zeros(2, np.float32)})
+    assert plan.actions.shape == (7, 3)
+    assert np.abs(plan.actions).max() <= 1
+    again = agent.plan({"vector": np.zeros(2, np.float32)})
+    np.testing.assert_array_equal(plan.actions, again.actions)
+
+
+def test_an_agent_goes_on_in_the_environment_with_the_data(tmp_path):
+    run(tmp_path / "offline")
+    online = CONFIG.replace(collect={"episodes": 3, "seed_episodes": 1})
+    state, output = run(tmp_path / "online", online, init_from=tmp_path / "offline")
+    assert "episode 3/3" in output
+    assert int(state.step) > 0
+    assert len(list((tmp_path / "online" / "replay").glob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"collect": {"data": "", "source": "data"}}, "--data"),
+        ({"collect": {"overlap": True}}, "--overlap"),
+        ({"model": {"chunk": 2}}, "--model.chunk"),
+        ({"model": {"horizon": 8}}, "--model.horizon"),
+        ({"planner": {"kind": "cem"}}, "--planner.kind diffuser"),
+        ({"learn": {"terms": ("plan", "reward")}}, "stands alone, without reward"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        validate(DIFFUSER.replace(**changes))
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+
+
+class Still:
+    """Does nothing."""
+
+    def reset(self):
+        pass
+
+    def act(self, observation):
+        return np.zeros(1, np.float32)
+
+
+def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
+    assert record_main(["minari:pendulum/random-v0", "--episodes", "2", "--env", "pendulum"]) == 0
+    assert "2 episodes, mean return -" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="exists already"):
+        record_main(["minari:pendulum/random-v0"])
+    options = ["--env", "pendulum", "--run-dir", str(tmp_path / "run"), "--eval.every", "0"]
+    offline = ["--collect.source", "data", "--collect.episodes", "1", "--collect.epoch", "2"]
+    assert main([*options, *offline, "--data", "minari:pendulum/random-v0"]) == 0
+    assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
+    with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
+        main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
+
+
+def test_recording_a_controller(datasets):
+    import gymnasium as gym
+
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    returns = record(env, Still(), "pendulum/still-v0", episodes=3, seed=4)
+    assert returns.shape == (3,)
+    with pytest.raises(UsageError, match="no name of a dataset"):
+        record(env, Still(), "still", episodes=1)
