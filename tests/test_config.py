@@ -46,7 +46,7 @@ def test_every_environment_has_a_preset_that_suits_it():
     for name, config in PRESETS.items():
         validate(config)
         vector = name not in ("paper", "cpu", "tiny")
-        assert config.model.normalize == (vector and name != "tdmpc2")
+        assert config.model.normalize == (vector and name not in ("tdmpc2", "diffuser"))
         assert config.learn.bootstrap_terminal != vector
 
 

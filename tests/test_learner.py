@@ -150,7 +150,7 @@ def test_a_store_needs_a_limit_on_episodes(tmp_path):
 
 
 def test_an_automatic_store_gives_way_to_longer_episodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_module, "place", lambda example, config: "device")
+    monkeypatch.setattr(learner_module, "place", lambda example, config, recorded: "device")
     said = []
     learner = make_learner(CONFIG, tmp_path, said)
     learner.add(random_episode(0, length=31))

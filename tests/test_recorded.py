@@ -193,7 +193,6 @@ def test_an_agent_goes_on_in_the_environment_with_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"collect": {"data": "", "source": "data"}}, "--data"),
         ({"collect": {"overlap": True}}, "--overlap"),
         ({"model": {"chunk": 2}}, "--model.chunk"),
         ({"model": {"horizon": 8}}, "--model.horizon"),
@@ -233,6 +232,12 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
     with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
         main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
+
+
+def test_data_alone_must_be_named(tmp_path):
+    with pytest.raises(UsageError, match="needs --data minari:ID"):
+        main(["--env", "pendulum", "--preset", "diffuser", "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_recording_a_controller(datasets):

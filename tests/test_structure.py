@@ -12,15 +12,17 @@ ORDER = [
     *("errors", "registry", "observation", "config", "presets", "types", "diffusion"),
     *("networks", "networks.layers", "networks.normalizer", "networks.encoder"),
     *("networks.transformer", "networks.heads", "networks.twohot", "networks.tdmpc2"),
+    *("networks.scaler", "networks.unet"),
     *("dynamics.base", "dynamics.diffusion", "dynamics.flow", "dynamics.mlp", "dynamics.simplex"),
     *("dynamics", "model"),
     *("planners.base", "planners.cem", "planners.icem", "planners.mbdpo", "planners.mppi"),
-    *("planners.scoring", "planners", "data", "data.episode", "data.augment"),
+    *("planners.diffuser", "planners.scoring", "planners"),
+    *("data", "data.episode", "data.augment", "data.windows"),
     *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg"),
-    *("losses.q", "losses.energy", "losses.policy", "losses"),
+    *("losses.q", "losses.energy", "losses.policy", "losses.plans", "losses"),
     *("data.replay", "data.store", "updates"),
     *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.dmc", "envs.spaces"),
-    *("envs.workers", "envs", "data.rollout", "data.source", "cli"),
+    *("envs.workers", "envs", "data.recorded", "data.rollout", "data.source", "cli"),
     *(
         "run",
         "run.manifest",
@@ -32,7 +34,7 @@ ORDER = [
         "run.learner",
     ),
     *("run.log", "run.display", "run.reporter", "run.saver", "run.loop"),
-    *("train", "evaluate", "agent", "checkpoint", "convert"),
+    *("train", "evaluate", "agent", "record", "checkpoint", "convert"),
 ]
 
 
@@ -77,6 +79,7 @@ def test_gymnasium_appears_only_where_environments_do():
         "envs.wrappers",
         "data.source",
         "evaluate",
+        "record",
         "run.loop",
         "run.video",
         "train",
@@ -88,7 +91,7 @@ def test_planners_import_no_update_data_environment_or_run():
         if name.startswith("planners"):
             parts = {other.split(".")[1] for other in imports(path) if "valdi_jax." in other}
             assert not parts & {"updates", "losses", "data", "envs", "run"}, name
-            if name not in ("planners", "planners.scoring"):
+            if name not in ("planners", "planners.scoring", "planners.diffuser"):
                 assert "model" not in parts, name
 
 

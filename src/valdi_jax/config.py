@@ -609,12 +609,8 @@ def validate(config: Config) -> None:
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
     )
-    if config.collect.source == "data":
-        require(bool(config.collect.data), "--data", "missing", "names the recorded episodes")
-        if config.collect.overlap:
-            raise UsageError(
-                "--overlap is for episodes that the agent collects, not for data alone"
-            )
+    if config.collect.source == "data" and config.collect.overlap:
+        raise UsageError("--overlap is for episodes that the agent collects, not for data alone")
     if config.learn.act == "ema" and config.learn.average:
         raise UsageError("--learn.act ema and --learn.average exclude one another")
     if config.diffuses_plans:

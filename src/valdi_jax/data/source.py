@@ -218,6 +218,12 @@ class Data(Environments):
     def open(self) -> None:
         """Start nothing: only evaluations need an environment."""
 
+    def recorded(self) -> list[Episode]:
+        episodes = super().recorded()
+        if not episodes:
+            raise UsageError("--collect.source data needs --data minari:ID, the recorded episodes")
+        return episodes
+
     def next_round(self, progress: Progress) -> range:
         return range(progress.episodes, progress.episodes + 1)
 
