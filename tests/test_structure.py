@@ -21,7 +21,14 @@ ORDER = [
     *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg"),
     *("losses.q", "losses.energy", "losses.policy", "losses.plans", "losses"),
     *("data.replay", "data.store", "updates"),
-    *("envs.carracing_render", "envs.wrappers", "envs.carracing", "envs.dmc", "envs.spaces"),
+    *(
+        "envs.carracing_render",
+        "envs.wrappers",
+        "envs.carracing",
+        "envs.dmc",
+        "envs.maze",
+        "envs.spaces",
+    ),
     *("envs.workers", "envs", "data.recorded", "data.rollout", "data.source", "cli"),
     *(
         "run",
@@ -74,6 +81,7 @@ def test_gymnasium_appears_only_where_environments_do():
         "envs.carracing",
         "envs.carracing_render",
         "envs.dmc",
+        "envs.maze",
         "envs.spaces",
         "envs.workers",
         "envs.wrappers",

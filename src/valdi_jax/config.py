@@ -113,6 +113,9 @@ class UNetConfig:
     """Diffusion timesteps of the cosine schedule."""
     scaler: Literal["gaussian", "limits", "safe-limits", "cdf"] = "gaussian"
     """How states and actions are normalised, once, on recorded data."""
+    goal: Natural = 0
+    """Last numbers of an observation that are the goal: no part of the state, they are pinned in a
+    plan's last state, whose other numbers are 0."""
 
 
 @_section("model")
@@ -244,6 +247,9 @@ class DiffuserConfig:
     """Timesteps at the end of the sampling that have no guidance."""
     clip: bool = False
     """Clip the clean estimates to [-1, 1]."""
+    controller: Literal["actions", "waypoints"] = "actions"
+    """Take the plan's actions, planning anew each step; or plan once an episode and follow its
+    states, of which the first half are positions and the rest their velocities."""
 
 
 @_section("planner")
@@ -590,7 +596,7 @@ def validate(config: Config) -> None:
         f"must be at least {least}, or no episode holds a training segment",
     )
     require(
-        planner.elites <= planner.candidates,
+        planner.elites <= planner.candidates or planner.kind == "diffuser",
         *("--planner.elites", planner.elites),
         f"must be at most --planner.candidates ({planner.candidates})",
     )
@@ -685,6 +691,8 @@ def _validate_plans(config: Config) -> None:
             f"--model.horizon is {rows - 1}; with {len(unet.multipliers)} levels, horizon + 1 must "
             f"be a multiple of {halvings}"
         )
+    if config.planner.diffuser.controller == "waypoints" and not unet.goal:
+        raise UsageError("--planner.diffuser.controller waypoints needs --model.unet.goal")
     if unet.width % 8:
         raise UsageError(f"--model.unet.width is {unet.width}; it must be a multiple of 8")
     last = unet.width * unet.multipliers[-1]

@@ -11,6 +11,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from valdi_jax.config import Config, ModelConfig
 from valdi_jax.dynamics import DYNAMICS
@@ -43,6 +44,7 @@ __all__ = [
     "imagine",
     "imagine_step",
     "init_params",
+    "known_of_plans",
     "parameter_count",
     "plan_value",
     "policy",
@@ -324,6 +326,16 @@ def values(params: Params, z: Array, *, config: Config) -> Array:
 def value(params: Params, z: Array, *, config: Config) -> Array:
     """The value [...] of a latent [..., D]: the minimum over the heads."""
     return values(params, z, config=config).min(axis=0)
+
+
+def known_of_plans(config: Config) -> np.ndarray:
+    """Mask [H + 1, A + S] of what is pinned in Diffuser's plans: the first state, and a goal's."""
+    model = config.model
+    mask = np.zeros((model.horizon + 1, model.action_dim + model.state_dim), bool)
+    mask[0, model.action_dim :] = True
+    if model.unet.goal:
+        mask[-1, model.action_dim :] = True
+    return mask
 
 
 def denoise_plans(params: Params, plans: Array, timesteps: Array, *, config: Config) -> Array:

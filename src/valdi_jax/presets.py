@@ -9,13 +9,16 @@ from valdi_jax.config import (
     CheckpointConfig,
     CollectConfig,
     Config,
+    DiffuserConfig,
     EnvConfig,
     EvalConfig,
     LearnConfig,
     MBDPOConfig,
     ModelConfig,
+    PlanConfig,
     PlannerConfig,
     ReplayConfig,
+    UNetConfig,
 )
 from valdi_jax.errors import UsageError
 
@@ -252,6 +255,34 @@ PRESETS: dict[str, Config] = {
 PRESETS |= {name: _VECTOR.replace(**changes) for name, changes in _METHODS.items()}
 
 
+def _maze(horizon: int, timesteps: int) -> Config:
+    """Diffuser's settings of a maze: no value, both ends of a plan pinned."""
+    return PRESETS["diffuser"].replace(
+        env={"name": "maze:umaze"},
+        model={
+            "networks": ("unet",),
+            "horizon": horizon - 1,
+            "unet": UNetConfig(multipliers=(1, 4, 8), timesteps=timesteps, scaler="limits", goal=2),
+        },
+        planner={
+            "candidates": 1,
+            "diffuser": DiffuserConfig(clip=True, controller="waypoints"),
+        },
+        learn={
+            "terms": ("plan",),
+            "plan": PlanConfig(action_weight=1.0, padding=False),
+        },
+        collect={"episodes": 2000},
+    )
+
+
+PRESETS |= {
+    "maze": _maze(128, 64),
+    "maze:medium": _maze(256, 256).replace(env={"name": "maze:medium"}),
+    "maze:large": _maze(384, 256).replace(env={"name": "maze:large"}),
+}
+
+
 def default_config(env: str | None, preset: str | None) -> Config:
     """The defaults of a command line, in which either name may be missing.
 
@@ -265,7 +296,8 @@ def default_config(env: str | None, preset: str | None) -> Config:
         return base.replace(**_METHODS[preset])
     if env is None:
         env = "carracing" if preset is None else PRESETS[preset].env.name
-    named = env if env in PRESETS else env.partition(":")[0]
+    named = env.removesuffix("-multi")
+    named = named if named in PRESETS else named.partition(":")[0]
     suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(named, PRESETS["gym"])
     if preset is None:
         return suited.replace(env={"name": env})

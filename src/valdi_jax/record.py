@@ -107,8 +107,8 @@ def record(
     minari = _minari()
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
         raise UsageError(f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0")
-    if name in minari.list_local_datasets():
-        raise UsageError(f"minari:{name} exists already: give another name")
+    if (_root() / name).exists():
+        raise UsageError(f"minari:{name} exists already in {_root()}: give another name")
     collector = minari.DataCollector(env, data_format="hdf5")
     returns = np.zeros(episodes)
     done = 0
@@ -132,11 +132,15 @@ def record(
             name,
             algorithm_name=description or type(controller).__name__,
             description=f"recorded by valdi_jax.record: {description}",
-            ref_min_score=float(returns.min()),
-            ref_max_score=float(returns.max()),
+            # Without reference scores: for them, Minari makes the environment anew by its name.
         )
     collector.close()
     return returns
+
+
+def _root() -> Path:
+    """Where Minari keeps its datasets."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
 
 
 def _minari() -> Any:
@@ -187,10 +191,9 @@ def main(argv: Sequence[str]) -> int:
         each=lambda numbers: track(numbers, description="recording", transient=True),
         description=what,
     )
-    root = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
     print(
         f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f} +- "
-        f"{returns.std():.1f}, in {root}"
+        f"{returns.std():.1f}, in {_root()}"
     )
     return 0
 

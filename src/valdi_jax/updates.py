@@ -109,7 +109,9 @@ def fit_scalers(state: AgentState, episodes: Sequence[Episode], *, config: Confi
         return state
     data = {
         # The last state has no action: the authors' data do not hold it.
-        "states": np.concatenate([episode.observations.vector[:-1] for episode in episodes]),
+        "states": np.concatenate([episode.observations.vector[:-1] for episode in episodes])[
+            :, : config.model.state_dim
+        ],
         "actions": np.concatenate([episode.actions for episode in episodes]),
     }
     scalers = {name: fit(config.model.unet.scaler, rows) for name, rows in data.items()}

@@ -111,7 +111,12 @@ class Environments:
         if config.diffuses_plans:
             if interface.example.image is not None or interface.example.vector is None:
                 raise UsageError("--model.networks unet plans with vector observations, not images")
-            sizes["state_dim"] = interface.example.vector.size
+            sizes["state_dim"] = interface.example.vector.size - config.model.unet.goal
+            if sizes["state_dim"] < max(1, config.model.unet.goal):
+                raise UsageError(
+                    f"--model.unet.goal is {config.model.unet.goal}, of an observation of "
+                    f"{interface.example.vector.size} numbers"
+                )
         self.config = config.replace(model=sizes)
         self._interface, self._data = interface, data
         self._key = jax.random.split(jax.random.key(config.seed))[1]

@@ -16,6 +16,7 @@ import numpy as np
 from valdi_jax.config import EnvConfig
 from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.dmc import make_dmc
+from valdi_jax.envs.maze import make_maze
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.wrappers import Limited, paced
 from valdi_jax.errors import UsageError
@@ -53,6 +54,9 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
             frames=config.frames,
             render_mode=render_mode,
         )
+    elif config.name.startswith("maze:"):
+        name = config.name.removeprefix("maze:")
+        env = make_maze(name, max_steps=config.max_steps, render_mode=render_mode)
     elif config.name.startswith("gym:"):
         env = make_registered(
             config.name.removeprefix("gym:"), max_steps=config.max_steps, render_mode=render_mode

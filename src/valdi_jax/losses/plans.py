@@ -35,9 +35,9 @@ class PlanDraws(NamedTuple):
 
 def look_at_plans(params: Params, batch: Batch, *, config: Config) -> PlanView:
     """Windows of a batch as normalised plans; beyond an episode's end they are 0 before it."""
-    states, scalers = batch.observations.vector, params["scalers"]
-    rows = config.model.horizon + 1
-    states = jnp.asarray(states)[:, :rows] * jnp.asarray(batch.within)[..., None]
+    scalers, rows = params["scalers"], config.model.horizon + 1
+    states = jnp.asarray(batch.observations.vector)[:, :rows, : config.model.state_dim]
+    states = states * jnp.asarray(batch.within)[..., None]
     kind = config.model.unet.scaler
     plans = jnp.concatenate(
         [
@@ -47,13 +47,6 @@ def look_at_plans(params: Params, batch: Batch, *, config: Config) -> PlanView:
         axis=-1,
     )
     return PlanView(jax.lax.stop_gradient(plans), jnp.asarray(batch.rewards)[:, 0, 0])
-
-
-def pinned(config: Config) -> np.ndarray:
-    """Mask [H + 1, A + S] of what is known of a plan: its first state."""
-    mask = np.zeros((config.model.horizon + 1, _size(config)), bool)
-    mask[0, config.model.action_dim :] = True
-    return mask
 
 
 def _size(config: Config) -> int:
@@ -138,7 +131,7 @@ def loss(
         functools.partial(model.denoise_plans, params, config=config),
         view.plans,
         *draws,
-        pinned(config),
+        model.known_of_plans(config),
         posterior=cosine_posterior(model_config.unet.timesteps),
         weights=weights,
     )
@@ -150,7 +143,7 @@ def value_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Squared error of the return predicted from a noised plan."""
     posterior = cosine_posterior(config.model.unet.timesteps)
-    noised = noise_plans(view.plans, *draws, pinned(config), posterior=posterior)
+    noised = noise_plans(view.plans, *draws, model.known_of_plans(config), posterior=posterior)
     values = model.plan_value(params, noised, draws.timesteps, config=config)
     error = jnp.mean((values - view.returns) ** 2)
     return error, {"value/mean": values.mean(), "value/target_mean": view.returns.mean()}

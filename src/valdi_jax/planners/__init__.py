@@ -32,7 +32,9 @@ PLANNERS: Registry[Planner] = Registry(
 
 def first_carry(config: Config) -> Any:
     """``Plan.carry`` for the first plan of an episode."""
-    return PLANNERS[config.planner.kind].init(config.search_shape, config=config.planner)
+    planner = PLANNERS[config.planner.kind]
+    settings = config.planner if planner.plan is None else config
+    return planner.init(config.search_shape, config=settings)
 
 
 def plan(

@@ -46,7 +46,7 @@ class Planner(NamedTuple):
         search: (problem, carry, key, *, config) -> `Found`, and the next carry.
         squash: maps the search space to actions in [-1, 1], after exploration noise is added.
         plan: (params, observation, key, noise_std, carry, *, config) -> `Plan`, of a planner that
-            is its own model and searches nothing; here ``config`` is the whole.
+            is its own model and searches nothing; here, and in its init, ``config`` is the whole.
     """
 
     init: Callable[..., Any]
