@@ -195,7 +195,14 @@ NETWORKS = [
     for kind in ("unet", "value")
     if (case, kind) != ("maze2d", "value")
 ]
-each_network = pytest.mark.parametrize(("case", "kind"), NETWORKS)
+SLOW = [("locomotion", "unet"), ("attention", "value")]  # the others hold every kind of layer
+
+
+def marked(names):
+    return [pytest.param(*n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
+
+
+each_network = pytest.mark.parametrize(("case", "kind"), marked(NETWORKS))
 
 
 @each_network
@@ -233,27 +240,28 @@ def results(case, kind):
         noised = noise_plans(clean, timesteps, noise, mask, posterior=posterior)
         return jnp.mean((predict(noised, timesteps) - NUMBERS[f"{case}/value_target"][:, 0]) ** 2)
 
+    optimizer = optax.adam(2e-4)
+
     @jax.jit
-    def everything(params):
-        optimizer = optax.adam(2e-4)
-
-        def step(carry, _):
-            params, state = carry
-            value, gradients = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(gradients, state)
-            return (optax.apply_updates(params, updates), state), value
-
+    def step(params, state):
         value, gradients = jax.value_and_grad(loss)(params)
-        (after, _), history = jax.lax.scan(step, (params, optimizer.init(params)), length=5)
-        return {
-            "output": output(params),
-            "loss": value,
-            "gradients": gradients,
-            "history": history,
-            "after": output(after),
-        }
+        updates, state = optimizer.update(gradients, state)
+        return value, gradients, optax.apply_updates(params, updates), state
 
-    return everything(params)
+    first, history, state = None, [], optimizer.init(params)
+    after = params
+    for _ in range(5):
+        value, gradients, after, state = step(after, state)
+        first = gradients if first is None else first
+        history.append(float(value))
+    output = jax.jit(output)
+    return {
+        "output": output(params),
+        "loss": history[0],
+        "gradients": first,
+        "history": history,
+        "after": output(after),
+    }
 
 
 @each_case
@@ -300,7 +308,7 @@ def test_gradients(case, kind):
     close(np.array([dots[name] for name in names]), NUMBERS[f"{case}/{kind}/grad_dots"], 1e-4)
 
 
-@pytest.mark.parametrize(("case", "kind"), [n for n in NETWORKS if n[0] != "attention"])
+@pytest.mark.parametrize(("case", "kind"), marked([n for n in NETWORKS if n[0] != "attention"]))
 def test_five_updates(case, kind):
     ours, prefix = results(case, kind), "value_" if kind == "value" else ""
     close(ours["history"], NUMBERS[f"{case}/{prefix}update_history"], 1e-4)
@@ -341,7 +349,7 @@ def guide(case):
     return Guide(value, scale, steps=2, stop=stop)
 
 
-@pytest.mark.parametrize("case", ["locomotion", "attention"])
+@pytest.mark.parametrize("case", [pytest.param("locomotion", marks=pytest.mark.slow), "attention"])
 def test_guided_chain(case):
     denoise, noise, pin, posterior = sampler(case)
 

@@ -30,7 +30,7 @@ DIFFUSER = OFFLINE.replace(
         "networks": ("unet", "plan_value"),
         "horizon": 7,
         "chunk": 1,
-        "unet": UNetConfig(width=16, multipliers=(1, 2), timesteps=4),
+        "unet": UNetConfig(width=32, multipliers=(1,), timesteps=4),
     },
     planner={"kind": "diffuser", "candidates": 3, "elites": 2},
     learn={"terms": ("plan", "plan_value"), "act": "ema", "ema_every": 2, "ema_start": 4},
@@ -136,21 +136,52 @@ def test_a_batch_holds_the_chosen_share_of_recorded_episodes():
     assert len(replay) == 23 or len(replay) == 3 + config.replay.capacity
 
 
-@pytest.mark.parametrize("config", [OFFLINE, DIFFUSER], ids=["valdi", "diffuser"])
-def test_training_on_data_alone_resumes_bit_for_bit(tmp_path, config):
-    whole, output = run(tmp_path / "whole", config)
+@pytest.fixture(scope="module", params=[OFFLINE, DIFFUSER], ids=["valdi", "diffuser"])
+def offline(request, tmp_path_factory):
+    """A run on data alone: its configuration, directory, agent and output."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    return request.param, directory, *run(directory, request.param)
+
+
+def test_training_on_data_alone(offline):
+    _, directory, state, output = offline
     assert "epoch 3/3" in output
     assert "evaluation after 2 epochs" in output
-    assert int(whole.step) == 12
-    records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert int(state.step) == 12
+    records = read_jsonl(directory / "metrics.jsonl")
     assert [record["episode"] for record in records] == [0, 1, 2]
     assert all(np.isfinite(record["loss/total"]) for record in records)
-    assert not list((tmp_path / "whole" / "replay").glob("*.npz"))
+    assert not list((directory / "replay").glob("*.npz"))  # the data stay where they are
+
+
+def test_it_resumes_bit_for_bit(offline, tmp_path):
+    config, _, state, _ = offline
     run(tmp_path / "parts", config.replace(collect={"episodes": 1}))
     resumed, _ = run(tmp_path / "parts", config, resume=True)
-    jax.tree.map(np.testing.assert_array_equal, whole.replace(key=0), resumed.replace(key=0))
+    jax.tree.map(np.testing.assert_array_equal, state.replace(key=0), resumed.replace(key=0))
     with pytest.raises(UsageError, match="continue it from that program"):
         main(["--resume", str(tmp_path / "parts")])
+
+
+def test_its_agent_acts(offline):
+    config, directory, *_ = offline
+    agent = Agent.load(directory, make=make_counting)
+    plan = agent.plan({"vector": np.zeros(2, np.float32)})
+    assert plan.actions.shape == config.plan_shape
+    assert np.abs(plan.actions).max() <= 1
+    again = agent.plan({"vector": np.zeros(2, np.float32)})
+    np.testing.assert_array_equal(plan.actions, again.actions)
+
+
+def test_it_goes_on_in_the_environment_with_the_data(offline, tmp_path):
+    config, directory, *_ = offline
+    online = config.replace(
+        collect={"source": "environment", "episodes": 3, "seed_episodes": 1}, eval={"every": 0}
+    )
+    state, output = run(tmp_path / "online", online, init_from=directory)
+    assert "episode 3/3" in output
+    assert int(state.step) > 0
+    assert len(list((tmp_path / "online" / "replay").glob("*.npz"))) == 3
 
 
 def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
@@ -171,31 +202,12 @@ def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
     np.testing.assert_allclose(scalers["states"]["center"], states.mean(axis=0), rtol=1e-5)
 
 
-def test_an_offline_diffuser_acts(tmp_path):
-    run(tmp_path / "run", DIFFUSER)
-    agent = Agent.load(tmp_path / "run", make=make_counting)
-    plan = agent.plan({"vector": np.zeros(2, np.float32)})
-    assert plan.actions.shape == (7, 3)
-    assert np.abs(plan.actions).max() <= 1
-    again = agent.plan({"vector": np.zeros(2, np.float32)})
-    np.testing.assert_array_equal(plan.actions, again.actions)
-
-
-def test_an_agent_goes_on_in_the_environment_with_the_data(tmp_path):
-    run(tmp_path / "offline")
-    online = CONFIG.replace(collect={"episodes": 3, "seed_episodes": 1})
-    state, output = run(tmp_path / "online", online, init_from=tmp_path / "offline")
-    assert "episode 3/3" in output
-    assert int(state.step) > 0
-    assert len(list((tmp_path / "online" / "replay").glob("*.npz"))) == 3
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"collect": {"overlap": True}}, "--overlap"),
         ({"model": {"chunk": 2}}, "--model.chunk"),
-        ({"model": {"horizon": 8}}, "--model.horizon"),
+        ({"model": {"horizon": 8, "unet": UNetConfig()}}, "--model.horizon"),
         ({"planner": {"kind": "cem"}}, "--planner.kind diffuser"),
         ({"learn": {"terms": ("plan", "reward")}}, "stands alone, without reward"),
     ],

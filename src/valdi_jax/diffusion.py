@@ -175,9 +175,10 @@ def climb(
         values = guide.value(samples, timestep)
         return values.sum(), values
 
-    values = jnp.zeros(samples.shape[0])
-    for _ in range(guide.steps):
-        gradient, values = jax.grad(value, has_aux=True)(samples)
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        gradient, values = jax.grad(value, has_aux=True)(carry[0])
         gradient = jnp.where(timestep < guide.stop, 0, variance * gradient)
-        samples = pin(samples + guide.scale * gradient)
-    return samples, values
+        return (pin(carry[0] + guide.scale * gradient), values), None
+
+    start = samples, jnp.zeros(samples.shape[0])
+    return jax.lax.scan(step, start, length=guide.steps)[0]
