@@ -207,7 +207,7 @@ def test_a_listing_leaves_out_what_a_run_deletes_meanwhile(run, monkeypatch, cap
 
 
 def test_a_run_of_an_environment_of_ones_own_is_not_scored_on_another(run):
-    with pytest.raises(UsageError, match=r"what toy\.make_counting makes"):
+    with pytest.raises(UsageError, match=r"environments that toy\.make_counting makes"):
         evaluate.main([str(run), "--episodes", "1"])
     with pytest.raises(UsageError, match="continue it from that program"):
         go(run, 4, resume=True, make=make_env)

@@ -69,6 +69,19 @@ def test_a_preset_for_another_environment_keeps_what_belongs_to_the_environment(
     assert other == PRESETS["pendulum"].replace(env={"name": "gym:Pendulum-v1"})
 
 
+def test_a_mazes_own_settings_are_diffusers_alone():
+    maze = default_config("maze:medium-multi", None)
+    assert (maze.env.name, maze.model.horizon) == ("maze:medium-multi", 255)
+    assert default_config("maze:medium-multi", "diffuser") == maze
+    for method in ("mbdpo", "tdmpc2"):
+        config = default_config("maze:umaze", method)
+        validate(config)
+        assert config.env.name == "maze:umaze"
+        assert config.collect.source == "environment"
+        assert config.learn.act == "params"
+    assert default_config("maze:umaze", "gym").model.normalize
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_hashable(preset):
     validate(PRESETS[preset])

@@ -352,13 +352,12 @@ def guide(case):
 @pytest.mark.parametrize("case", [pytest.param("locomotion", marks=pytest.mark.slow), "attention"])
 def test_guided_chain(case):
     denoise, noise, pin, posterior = sampler(case)
+    settings = {"posterior": posterior, "guide": guide(case)}
 
     @jax.jit
     def chain(noise):
         def step(plans, inputs):
-            after = guided_step(
-                denoise, plans, *inputs, pin, posterior=posterior, guide=guide(case)
-            )
+            after = guided_step(denoise, plans, *inputs, pin, **settings)
             return after[0], after
 
         timesteps = jnp.arange(len(noise) - 2, -1, -1)

@@ -16,6 +16,9 @@ TARGET = jnp.linspace(-0.8, 0.8, 12).reshape(SHAPE)
 CONFIG = PlannerConfig(candidates=64, elites=8, iterations=6, answer="mean")
 
 
+SEARCHES = [kind for kind, planner in PLANNERS.items() if planner.plan is None]
+
+
 def quadratic(target=TARGET, executed=2):
     def score(sequences, key):
         return -jnp.sum((sequences - target[None]) ** 2, axis=(1, 2))
@@ -31,7 +34,7 @@ def search(kind, problem, carry=None, seed=0, config=CONFIG):
     return planner.squash(found.sequence), found, carry
 
 
-@pytest.mark.parametrize("kind", PLANNERS)
+@pytest.mark.parametrize("kind", SEARCHES)
 @pytest.mark.parametrize("answer", ["best", "mean"])
 def test_a_planner_finds_the_top_of_a_hill(kind, answer):
     config = dataclasses.replace(CONFIG, answer=answer)
@@ -44,7 +47,7 @@ def test_a_planner_finds_the_top_of_a_hill(kind, answer):
         assert found.score is None
 
 
-@pytest.mark.parametrize("kind", PLANNERS)
+@pytest.mark.parametrize("kind", SEARCHES)
 def test_a_planner_stays_within_bounds_and_survives_nan_scores(kind):
     far = quadratic(jnp.full(SHAPE, 5.0))
     actions, _, carry = search(kind, far)

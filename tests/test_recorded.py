@@ -10,14 +10,19 @@ from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax.agent import Agent
-from valdi_jax.config import UNetConfig, validate
+from valdi_jax.checkpoint import main as checkpoint_main
+from valdi_jax.config import DiffuserConfig, UNetConfig, validate
 from valdi_jax.data.recorded import to_episodes
 from valdi_jax.data.replay import Replay
+from valdi_jax.data.store import gather, store_episode, store_shapes
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
+from valdi_jax.losses import draw, objective
+from valdi_jax.model import init_params
 from valdi_jax.record import main as record_main
 from valdi_jax.record import record
 from valdi_jax.run import checkpoint
+from valdi_jax.run.checkpoint import open_agent
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import main, train
 
@@ -98,8 +103,10 @@ def test_actions_are_scaled_from_the_environments_bounds():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"actions": np.zeros((30, 2))}, r"episode 0: .*broadcast|actions have the shape"),
-        ({"actions": np.zeros((29, 3))}, "for 30 rewards"),
+        ({"actions": np.zeros((30, 2))}, r"episode 0: its actions have the shape \(30, 2\)"),
+        ({"actions": np.zeros((30, 1))}, r"its actions have the shape \(30, 1\)"),
+        ({"actions": np.zeros((30, 3), int)}, "and type int64"),
+        ({"actions": np.zeros((29, 3))}, "29 actions for 30 rewards"),
         ({"actions": np.full((30, 3), np.nan)}, "an action is not finite"),
         ({"rewards": np.full(30, np.inf)}, "a reward is not finite"),
         ({"rewards": []}, "no step"),
@@ -159,7 +166,7 @@ def test_it_resumes_bit_for_bit(offline, tmp_path):
     run(tmp_path / "parts", config.replace(collect={"episodes": 1}))
     resumed, _ = run(tmp_path / "parts", config, resume=True)
     jax.tree.map(np.testing.assert_array_equal, state.replace(key=0), resumed.replace(key=0))
-    with pytest.raises(UsageError, match="continue it from that program"):
+    with pytest.raises(UsageError, match=r"came from a program|environments that toy"):
         main(["--resume", str(tmp_path / "parts")])
 
 
@@ -171,6 +178,21 @@ def test_its_agent_acts(offline):
     assert np.abs(plan.actions).max() <= 1
     again = agent.plan({"vector": np.zeros(2, np.float32)})
     np.testing.assert_array_equal(plan.actions, again.actions)
+
+
+@pytest.mark.parametrize("name", ["plan", "plan_value"])
+def test_a_loss_of_diffuser_trains_its_own_network(name):
+    config = DIFFUSER.replace(learn={"terms": (name,)}, model={"state_dim": 2})
+    (episode,) = to_episodes([recorded()], interface(), config)
+    replay = Replay(config)
+    replay.give(episode)
+    batch = replay.gather(replay.draw(np.random.default_rng(0), 4))
+    params = init_params(jax.random.key(0), episode.observations, config=config)
+    draws = draw(jax.random.key(1), 4, config=config)
+    gradients = jax.grad(lambda p: objective(p, p, batch, draws, config=config)[0])(params)
+    trained = {"plan": "unet", "plan_value": "plan_value"}[name]
+    for network, tree in gradients.items():
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(tree)) == (network == trained)
 
 
 def test_it_goes_on_in_the_environment_with_the_data(offline, tmp_path):
@@ -210,6 +232,8 @@ def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
         ({"model": {"horizon": 8, "unet": UNetConfig()}}, "--model.horizon"),
         ({"planner": {"kind": "cem"}}, "--planner.kind diffuser"),
         ({"learn": {"terms": ("plan", "reward")}}, "stands alone, without reward"),
+        ({"learn": {"terms": ("plan",)}}, "give --learn.terms plan_value too"),
+        ({"learn": {"encoder_rate": 0.5}}, "--learn.encoder-rate"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, complaint):
@@ -244,6 +268,60 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
     with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
         main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "complaint"),
+    [
+        (OFFLINE, [recorded(10)], "holds a training segment of 18 steps: the longest has 10"),
+        (DIFFUSER, [recorded(seed=3)], "do not vary in dimension 0: .*safe-limits"),
+        (DIFFUSER.replace(collect={"source": "environment"}), None, "need --data"),
+        (
+            DIFFUSER.replace(
+                planner={"diffuser": DiffuserConfig(controller="waypoints")},
+                model={"unet": UNetConfig(goal=1)},
+            ),
+            EPISODES,
+            "not 1 numbers for 3",
+        ),
+    ],
+)
+def test_data_that_cannot_be_learnt_from_are_refused(tmp_path, config, data, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        run(tmp_path / "run", config.replace(collect={"data": ""}), data)
+
+
+def test_other_data_are_not_taken_for_the_runs(offline, tmp_path):
+    config, directory, *_ = offline
+    longer = config.replace(collect={"episodes": 4})
+    with pytest.raises(UsageError, match="not those that"):
+        run(directory, longer, EPISODES[:3], resume=True)
+
+
+def test_recorded_and_own_episodes_are_gathered_alike_on_host_and_device():
+    config = CONFIG.replace(replay={"capacity": 2}, collect={"episodes": 3})
+    given = to_episodes([recorded(seed=100 + seed) for seed in range(3)], interface(), config)
+    own = to_episodes([recorded(seed=seed) for seed in range(3)], interface(), config)
+    store = store_shapes(interface().example, config, recorded=3)
+    store = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), store)
+    replay = Replay(config)
+    for add, episodes in ((replay.give, given), (replay.add, own)):
+        for episode in episodes:
+            store = store_episode(store, add(episode), episode)
+    segments = replay.draw(np.random.default_rng(0), 64)
+    ours, theirs = replay.gather(segments), gather(store, segments)
+    jax.tree.map(np.testing.assert_array_equal, ours, jax.tree.map(np.asarray, theirs))
+    seeds = set(ours.observations.vector[:, 0, 0].tolist())
+    assert seeds == {1, 2, 100, 101, 102}
+
+
+def test_diffusers_scalers_are_exported_whole(offline, tmp_path):
+    config, directory, state, _ = offline
+    if not config.diffuses_plans:
+        return
+    assert checkpoint_main([str(directory), "--export", str(tmp_path / "half"), "--half"]) == 0
+    params = open_agent(tmp_path / "half").load(interface().example)
+    jax.tree.map(np.testing.assert_array_equal, params["scalers"], state.params["scalers"])
 
 
 def test_data_alone_must_be_named(tmp_path):

@@ -455,7 +455,7 @@ def test_bad_options_are_answered_in_one_sentence(argv, message):
     [
         ({"model": {"dynamics": "flw"}}, "--model.dynamics: unknown 'flw'; did you mean 'flow'"),
         ({"planner": {"kind": "cen"}}, "--planner.kind: unknown 'cen'; did you mean 'cem'"),
-        ({"learn": {"terms": ("value", "planner")}}, "--learn.terms: unknown 'planner'; choose"),
+        ({"learn": {"terms": ("value", "xyz")}}, "--learn.terms: unknown 'xyz'; choose"),
         ({"model": {"networks": ("planner",)}}, "--model.networks: unknown 'planner'"),
         ({"collect": {"source": "files"}}, "--collect.source: unknown 'files'"),
     ],

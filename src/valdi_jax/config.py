@@ -76,8 +76,8 @@ class EnvConfig:
 
     name: Annotated[str, tyro.conf.arg(name="env", prefix_name=False, metavar="NAME")] = "carracing"
     """Environment to train on: carracing, pendulum, mountaincar, lunarlander, bipedalwalker,
-    bipedalwalker-hardcore, dmc:DOMAIN-TASK of the DeepMind Control Suite (extra dmc), or gym:ID for
-    any environment registered with Gymnasium."""
+    bipedalwalker-hardcore, dmc:DOMAIN-TASK of the DeepMind Control Suite (extra dmc), maze:umaze,
+    medium or large (extra maze), or gym:ID for any environment registered with Gymnasium."""
     max_steps: Natural = 600
     """Environment steps after which an episode is truncated; 0 for the environment's own limit."""
     action_repeat: Count = 1
@@ -681,6 +681,12 @@ def _validate_plans(config: Config) -> None:
     others |= set(config.learn.terms) - {"plan", "plan_value"}
     if others:
         raise UsageError(f"--model.networks unet stands alone, without {', '.join(sorted(others))}")
+    terms = {"unet": "plan", "plan_value": "plan_value"}
+    for name in config.model.networks:
+        if terms[name] not in config.learn.terms:
+            raise UsageError(f"--model.networks has {name}: give --learn.terms {terms[name]} too")
+    if config.learn.encoder_rate != 1:
+        raise UsageError("--learn.encoder-rate is for agents with an encoder, not for Diffuser")
     if config.planner.kind != "diffuser":
         raise UsageError("--model.networks unet needs --planner.kind diffuser")
     if config.model.chunk != 1:

@@ -291,16 +291,19 @@ def default_config(env: str | None, preset: str | None) -> Config:
     """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    if preset in _METHODS and env is not None:
-        base = default_config(env, "cpu" if env == "carracing" else None)
-        return base.replace(**_METHODS[preset])
+    method = preset in _METHODS and env is not None
     if env is None:
         env = "carracing" if preset is None else PRESETS[preset].env.name
     named = env.removesuffix("-multi")
     named = named if named in PRESETS else named.partition(":")[0]
     suited = PRESETS["paper"] if env == "carracing" else PRESETS.get(named, PRESETS["gym"])
-    if preset is None:
+    if suited.diffuses_plans and preset not in (None, "diffuser"):
+        suited = PRESETS["gym"]  # a maze's own settings are Diffuser's
+    if preset is None or (suited.diffuses_plans and preset == "diffuser"):
         return suited.replace(env={"name": env})
+    if method:
+        base = PRESETS["cpu"] if env == "carracing" else suited.replace(env={"name": env})
+        return base.replace(**_METHODS[preset])
     config = PRESETS[preset]
     if env == config.env.name:
         return config

@@ -97,7 +97,7 @@ def record(
         each: wraps the episodes' numbers, e.g. in a progress bar.
         description: of the controller, kept with the data.
 
-    Ctrl-C ends the recording, which keeps what there is once an episode is over.
+    Ctrl-C ends the recording; an episode under way is cut off there.
 
     Returns: the episodes' returns [episodes].
 
@@ -125,7 +125,7 @@ def record(
             done += 1
     if not done:
         raise KeyboardInterrupt
-    returns = returns[:done]
+    returns = returns[: done + 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
         collector.create_dataset(
@@ -166,6 +166,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{arguments.data!r} is not minari:ID")
     if not 0 <= arguments.random <= 1:
         raise UsageError(f"--random is {arguments.random}; it must be between 0 and 1")
+    if not 0 <= arguments.seed < 2**31 - arguments.episodes:
+        raise UsageError(f"--seed is {arguments.seed}; it must be from 0 to 2^31")
     if arguments.episodes < 1:
         raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
     _minari()

@@ -104,7 +104,11 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
 
 
 def fit_scalers(state: AgentState, episodes: Sequence[Episode], *, config: Config) -> AgentState:
-    """Fit Diffuser's normalisers to the states and actions of recorded episodes."""
+    """Fit Diffuser's normalisers to the states and actions of recorded episodes.
+
+    Raises:
+        UsageError: if a state or action is constant, and so cannot be scaled.
+    """
     if "scalers" not in state.params:
         return state
     data = {
@@ -115,6 +119,13 @@ def fit_scalers(state: AgentState, episodes: Sequence[Episode], *, config: Confi
         "actions": np.concatenate([episode.actions for episode in episodes]),
     }
     scalers = {name: fit(config.model.unet.scaler, rows) for name, rows in data.items()}
+    for name, scaler in scalers.items():
+        constant = np.flatnonzero(scaler.get("scale", np.ones(1)) == 0)
+        if constant.size:
+            raise UsageError(
+                f"the recorded {name} do not vary in dimension {constant[0]}: "
+                "--model.unet.scaler safe-limits takes such data"
+            )
     device = jax.tree.leaves(state.params)[0].sharding
     return _with_each(
         state,
@@ -167,6 +178,8 @@ def apply_update(
         checked += values
     params = _track(params, metrics, config=config)
     ema_params = optax.incremental_update(params, state.ema_params, _ema_rate(state.step, config))
+    if "scalers" in params:  # constants, which an average would round
+        ema_params = ema_params | {"scalers": params["scalers"]}
     average = state.average
     if config.learn.act == "ema":
         average = ema_params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.registry import Registry
 
+GIVEN = "python"  # what collect.data says where a program gives the episodes
+
 
 def read_recorded(name: str, interface: Interface, config: Config) -> list[Episode]:
     """The episodes of ``--data KIND:ID``.
@@ -21,6 +24,11 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
     Raises:
         UsageError: if there are none such, or they do not fit the environment's spaces.
     """
+    if name == GIVEN:
+        raise UsageError(
+            "the recorded data of this run came from a program: continue it from there, with "
+            "train(..., data=...)"
+        )
     kind, _, rest = name.partition(":")
     return to_episodes(READERS[kind](rest), interface, config, name)
 
@@ -72,6 +80,16 @@ def to_episodes(
     return episodes
 
 
+def digest(episodes: Iterable[Episode]) -> str | None:
+    """A checksum of recorded episodes; None if there are none."""
+    sha, count = hashlib.sha256(), 0
+    for episode in episodes:
+        count += 1
+        for array in (*jax.tree.leaves(episode.observations), episode.actions, episode.rewards):
+            sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest() if count else None
+
+
 def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
     rewards = np.asarray(recorded.rewards, np.float32).reshape(-1)
     steps = len(rewards)
@@ -80,11 +98,8 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
     if not np.isfinite(rewards).all():
         raise ValueError("a reward is not finite")
     actions = interface.unact(np.asarray(recorded.actions))
-    if actions.shape != (steps, interface.action_dim):
-        raise ValueError(
-            f"its actions have the shape {np.shape(recorded.actions)}; the environment's have "
-            f"{interface.action_dim} numbers, for {steps} rewards"
-        )
+    if len(actions) != steps:
+        raise ValueError(f"it has {len(actions)} actions for {steps} rewards")
     if not np.isfinite(actions).all():
         raise ValueError("an action is not finite")
     kept = [*range(0, steps, stride), steps]

@@ -30,12 +30,17 @@ class Replay:
 
     A full CarRacing episode takes 16.6 MB and the paper's thousand 16.6 GB; a third of that if only
     the frames that the planner sees are kept.
+
+    Args:
+        config: the run's configuration.
+        longest: steps of an episode at the most, where it does not say so; 0 if not known.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, longest: int = 0):
         self._config = config
         self._own = _Ring(config.replay.capacity)
         self._recorded = _Ring()
+        self._longest = longest or sys.maxsize
 
     def add(self, episode: Episode) -> int:
         """Append an episode, replacing the oldest if full; returns its slot."""
@@ -62,7 +67,7 @@ class Replay:
         """
         config = self._config
         if config.diffuses_plans:
-            longest, padding = config.episode_steps or sys.maxsize, config.learn.plan.padding
+            longest, padding = config.episode_steps or self._longest, config.learn.plan.padding
             return window_count(len(episode), config.segment_steps, longest, padding=padding)
         if episode.terminated and not config.learn.bootstrap_terminal:
             steps = len(episode)

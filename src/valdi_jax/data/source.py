@@ -117,6 +117,12 @@ class Environments:
                     f"--model.unet.goal is {config.model.unet.goal}, of an observation of "
                     f"{interface.example.vector.size} numbers"
                 )
+            waypoints = config.planner.diffuser.controller == "waypoints"
+            if waypoints and sizes["state_dim"] != 2 * sizes["action_dim"]:
+                raise UsageError(
+                    f"--planner.diffuser.controller waypoints needs a position and a velocity for "
+                    f"each action, not {sizes['state_dim']} numbers for {sizes['action_dim']}"
+                )
         self.config = config.replace(model=sizes)
         self._interface, self._data = interface, data
         self._key = jax.random.split(jax.random.key(config.seed))[1]

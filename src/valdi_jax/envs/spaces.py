@@ -138,7 +138,17 @@ class Interface:
         return scaled.astype(self._actions.dtype)
 
     def unact(self, actions: np.ndarray) -> np.ndarray:
-        """Convert actions [L, ...] of the environment to the agent's [L, A], clipped to [-1, 1]."""
+        """Convert actions [L, ...] of the environment to the agent's [L, A], clipped to [-1, 1].
+
+        Raises:
+            ValueError: if their shape or type is not the space's.
+        """
+        shape = self._actions.shape
+        if actions.shape[1:] != shape or actions.dtype.kind != "f":
+            raise ValueError(
+                f"its actions have the shape {actions.shape} and type {actions.dtype}; each of the "
+                f"environment's has the shape {shape} and type {self._actions.dtype}"
+            )
         reach = np.where(self._reach > 0, self._reach, 1)
         scaled = (np.asarray(actions, np.float64) - self._centre) / reach
         return np.clip(scaled, -1, 1).reshape(len(actions), -1).astype(np.float32)

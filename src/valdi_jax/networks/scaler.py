@@ -35,7 +35,9 @@ def fit(kind: str, data: np.ndarray) -> Scaler:
     """
     data = np.asarray(data, np.float32)
     if kind == "gaussian":
-        return {"center": data.mean(axis=0), "scale": data.std(axis=0)}
+        # In float64: in float32, the sums of millions of rows are off.
+        moments = {"center": data.mean(axis=0, dtype=float), "scale": data.std(axis=0, dtype=float)}
+        return {name: moment.astype(np.float32) for name, moment in moments.items()}
     if kind == "cdf":
         points = [_distribution(column) for column in data.T]
         pad = [(0, _MOST_POINTS - len(values)) for values, _ in points]

@@ -67,7 +67,7 @@ def save(
     tensors = {}
     for name, value in traverse_util.flatten_dict(params, sep=".").items():
         array = np.asarray(value)
-        if half and not name.startswith(("normalizer.", "statistics.")):
+        if half and not name.startswith(("normalizer.", "statistics.", "scalers.")):
             array = array.astype(np.float16)
         if not np.isfinite(array).all():
             raise UsageError(f"{name} is not finite{' in float16' if half else ''}")

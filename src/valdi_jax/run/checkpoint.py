@@ -82,13 +82,18 @@ _DAMAGED = (
 
 
 def create_run(
-    run_dir: Path, config: Config, state: AgentState | None = None, *, made_by: str | None = None
+    run_dir: Path,
+    config: Config,
+    state: AgentState | None = None,
+    *,
+    made_by: str | None = None,
+    data: str | None = None,
 ) -> None:
     """Make a run of a directory that this process holds (see `lock`).
 
     A run that does not start from the agent that its configuration determines needs its ``state``.
     That checkpoint is written first: without it the directory does not count as a run. ``made_by``
-    names a custom factory of the environments.
+    names a custom factory of the environments, ``data`` is a checksum of recorded episodes.
 
     Raises:
         UsageError: if the directory cannot be written, or already holds a run.
@@ -100,7 +105,7 @@ def create_run(
                 "with resume=True)"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
-        body: dict[str, Any] = {"id": secrets.token_hex(16), "made_by": made_by}
+        body: dict[str, Any] = {"id": secrets.token_hex(16), "made_by": made_by, "data": data}
         body["config_sha256"] = []
         write_signed(run_dir / _IDENTITY, body)
         if state is not None:
@@ -152,6 +157,7 @@ def identity(run_dir: Path) -> dict[str, Any] | None:
         return {
             "id": body["id"],
             "made_by": body["made_by"],
+            "data": body.get("data"),
             "config_sha256": body["config_sha256"],
         }
     except (ValueError, KeyError) as error:
@@ -622,6 +628,7 @@ def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
         "actions": batch.actions,
         "rewards": batch.rewards,
         "terminals": batch.terminals,
+        "within": batch.within,
     }
     _write_arrays(path, arrays)
     return path

@@ -64,7 +64,7 @@ class Learner:
         say: Callable[[str], None],
         recorded: Sequence[Episode] = (),
     ):
-        self.replay = Replay(config)
+        self.replay = Replay(config, longest=max(map(len, recorded), default=0))
         self.updates = int(state.step)
         self._config = config
         self._run_dir = run_dir

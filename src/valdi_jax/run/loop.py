@@ -21,6 +21,9 @@ from rich.console import Console
 
 from valdi_jax import cli
 from valdi_jax.config import Config, leaves, to_dict, validate
+from valdi_jax.data.episode import Episode
+from valdi_jax.data.recorded import GIVEN, digest
+from valdi_jax.data.replay import Replay
 from valdi_jax.data.rollout import Rollout, first_carries, plan_batch
 from valdi_jax.data.source import SOURCES, Interrupt, Progress, Source
 from valdi_jax.data.store import store_shapes
@@ -54,9 +57,9 @@ def train(
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
     if resume:
-        _belongs(run_dir, make, data)
+        _belongs(run_dir, make)
     if data is not None:
-        config = config.replace(collect={"data": "python"})
+        config = config.replace(collect={"data": GIVEN})
     # The source determines the action size, but takes a configuration first.
     validate(config.replace(model={"action_dim": 1}))
     source = SOURCES[config.collect.source](config, make, data)
@@ -72,6 +75,7 @@ def train(
     if resume:
         checkpoint.load_config(run_dir)  # raises before anything is made
     recorded = source.recorded()
+    _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
         interrupt = stack.enter_context(cli.interruptible())
@@ -80,9 +84,7 @@ def train(
             _may_resume(run_dir, config)
         else:
             made_by = None if make is make_env else _name(make)
-            if made_by is None and data is not None:
-                made_by = "a program that gives recorded data"
-            checkpoint.create_run(run_dir, config, given, made_by=made_by)
+            checkpoint.create_run(*(run_dir, config, given), made_by=made_by, data=digest(recorded))
         known = resume or init_from is not None
         recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
         if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
@@ -237,13 +239,35 @@ def _first_state(source: Source) -> AgentState:
     return init_state(key, source.example, config=source.config)
 
 
-def _belongs(run_dir: Path, make: Callable[..., gym.Env], data: Iterable[Any] | None) -> None:
-    """Raise UsageError if a run's environments or data come from a program, and not from here."""
+def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
+    """Raise UsageError if a run is of other environments than this package makes."""
     known = checkpoint.identity(run_dir)
-    if known and known["made_by"] and make is make_env and data is None:
+    if known and known["made_by"] and make is make_env:
         raise UsageError(
-            f"{run_dir} was trained on what {known['made_by']} makes: continue it from that program"
+            f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
+            "from that program"
         )
+
+
+def _check_data(
+    recorded: Sequence[Episode], config: Config, resumed: Path | None, *, fresh: bool
+) -> None:
+    """Raise UsageError if recorded episodes are missing, too short, or not the resumed run's."""
+    known = checkpoint.identity(resumed) if resumed else None
+    if known and known["data"] != digest(recorded):
+        raise UsageError(f"the recorded data are not those that {resumed} began with")
+    if config.diffuses_plans and not recorded and fresh and not resumed:
+        raise UsageError("Diffuser's normalisers need --data minari:ID, recorded episodes")
+    if config.collect.source == "data":
+        longest = max(len(episode) for episode in recorded)
+        replay = Replay(config, longest=longest)
+        for episode in recorded:
+            replay.give(episode)
+        if not replay.ready:
+            raise UsageError(
+                f"no recorded episode holds a training segment of {config.segment_steps} steps: "
+                f"the longest has {longest}"
+            )
 
 
 def _may_resume(run_dir: Path, config: Config) -> None:
