@@ -195,7 +195,11 @@ NETWORKS = [
     for kind in ("unet", "value")
     if (case, kind) != ("maze2d", "value")
 ]
-SLOW = [("locomotion", "unet"), ("attention", "value")]  # the others hold every kind of layer
+SLOW = [
+    ("locomotion", "unet"),
+    ("attention", "value"),
+    ("maze2d", "unet"),
+]  # the others hold every kind of layer
 
 
 def marked(names):

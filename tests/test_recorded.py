@@ -262,7 +262,16 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert "2 episodes, mean return -" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists already"):
         record_main(["minari:pendulum/random-v0"])
-    options = ["--env", "pendulum", "--run-dir", str(tmp_path / "run"), "--eval.every", "0"]
+    options = [
+        "--env",
+        "pendulum",
+        "--preset",
+        "tiny",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--eval.every",
+        "0",
+    ]
     offline = ["--collect.source", "data", "--collect.episodes", "1", "--collect.epoch", "2"]
     assert main([*options, *offline, "--data", "minari:pendulum/random-v0"]) == 0
     assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
