@@ -1,5 +1,6 @@
 """Learning from recorded episodes."""
 
+import functools
 import io
 import types
 
@@ -140,7 +141,7 @@ def test_a_batch_holds_the_chosen_share_of_recorded_episodes():
     for episode in to_episodes([recorded(seed=seed) for seed in range(20)], interface(), config):
         replay.add(episode)  # more than there is room for: the recorded ones stay
     assert np.sum(seeds() >= 100) == 10
-    assert len(replay) == 23 or len(replay) == 3 + config.replay.capacity
+    assert len(replay) == 3 + config.replay.capacity
 
 
 @pytest.fixture(scope="module", params=[OFFLINE, DIFFUSER], ids=["valdi", "diffuser"])
@@ -189,7 +190,8 @@ def test_a_loss_of_diffuser_trains_its_own_network(name):
     batch = replay.gather(replay.draw(np.random.default_rng(0), 4))
     params = init_params(jax.random.key(0), episode.observations, config=config)
     draws = draw(jax.random.key(1), 4, config=config)
-    gradients = jax.grad(lambda p: objective(p, p, batch, draws, config=config)[0])(params)
+    loss = jax.jit(jax.grad(lambda p: objective(p, p, batch, draws, config=config)[0]))
+    gradients = loss(params)
     trained = {"plan": "unet", "plan_value": "plan_value"}[name]
     for network, tree in gradients.items():
         assert any(np.any(leaf) for leaf in jax.tree.leaves(tree)) == (network == trained)
@@ -261,7 +263,9 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert record_main(["minari:pendulum/random-v0", "--episodes", "2", "--env", "pendulum"]) == 0
     assert "2 episodes, mean return -" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists already"):
-        record_main(["minari:pendulum/random-v0"])
+        record_main(["minari:pendulum/random-v0", "--env", "pendulum"])
+    with pytest.raises(UsageError, match="either --agent, or --env"):
+        record_main(["minari:pendulum/other-v0"])
     options = [
         "--env",
         "pendulum",
@@ -324,13 +328,15 @@ def test_recorded_and_own_episodes_are_gathered_alike_on_host_and_device():
     assert seeds == {1, 2, 100, 101, 102}
 
 
-def test_diffusers_scalers_are_exported_whole(offline, tmp_path):
+def test_a_half_export_keeps_diffusers_scalers_whole(offline, tmp_path):
     config, directory, state, _ = offline
-    if not config.diffuses_plans:
-        return
     assert checkpoint_main([str(directory), "--export", str(tmp_path / "half"), "--half"]) == 0
     params = open_agent(tmp_path / "half").load(interface().example)
-    jax.tree.map(np.testing.assert_array_equal, params["scalers"], state.params["scalers"])
+    assert ("scalers" in params) == config.diffuses_plans
+    for name, tree in params.items():
+        tolerance = 0 if name == "scalers" else 1e-3
+        close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+        jax.tree.map(close, tree, state.acting[name])
 
 
 def test_data_alone_must_be_named(tmp_path):

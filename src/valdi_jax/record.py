@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +17,6 @@ import tyro
 from rich.progress import track
 
 from valdi_jax import cli, compilation
-from valdi_jax.config import EnvConfig
 from valdi_jax.envs import import_modules, make_env, own_env
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import default_config
@@ -31,10 +30,9 @@ class Arguments:
     """Dataset to write, such as minari:pendulum/mine-v0 (to MINARI_DATASETS_PATH, by default
     ~/.minari/datasets)."""
     agent: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
-    """A run, a checkpoint, an exported agent or a bundled one, which acts in its environment. By
-    default actions are random."""
-    env: Annotated[str, tyro.conf.arg(metavar="NAME")] = "pendulum"
-    """Environment of random actions."""
+    """A run, a checkpoint, an exported agent or a bundled one, which acts in its environment."""
+    env: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Environment of random actions, without an agent."""
     episodes: int = 100
     """Episodes to record."""
     random: float = 0.0
@@ -45,21 +43,22 @@ class Arguments:
     """Modules to import first, which register environments with Gymnasium."""
 
 
-class Controller:
-    """What `record` asks for actions: ``reset()`` begins an episode, ``act(observation)`` acts."""
+class Controller(Protocol):
+    """What `record` asks for actions; an `Agent` is one."""
 
     def reset(self) -> None:
         """Begin an episode."""
 
     def act(self, observation: Any) -> np.ndarray:
         """The action for an observation of the environment."""
-        raise NotImplementedError
 
 
-class _Random(Controller):
+class _Random:
     """Random actions, in place of a share of a controller's."""
 
-    def __init__(self, actions: gym.Space, share: float, seed: int, controller: Any = None):
+    def __init__(
+        self, actions: gym.Space, share: float, seed: int, controller: Controller | None = None
+    ):
         actions.seed(seed)
         self._actions, self._share, self._controller = actions, share, controller
         self._rng = np.random.default_rng(seed)
@@ -78,7 +77,7 @@ class _Random(Controller):
 
 def record(
     env: gym.Env,
-    controller: Any,
+    controller: Controller,
     name: str,
     *,
     episodes: int,
@@ -90,7 +89,7 @@ def record(
 
     Args:
         env: an environment with a limit on its episodes.
-        controller: has ``reset()`` and ``act(observation)``, as a `Controller` or an `Agent`.
+        controller: of the actions.
         name: of the dataset, as Minari writes it: ``namespace/name-v0``.
         episodes: to record.
         seed: of the first episode's reset; the others follow it.
@@ -170,13 +169,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--seed is {arguments.seed}; it must be from 0 to 2^31")
     if arguments.episodes < 1:
         raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
+    if (arguments.agent is None) == (arguments.env is None):
+        raise UsageError("give either --agent, or --env for random actions")
     _minari()
     import_modules(arguments.imports)
     compilation.cache_compilations()
     agent = None
     if arguments.agent is None:
-        config: EnvConfig = default_config(arguments.env, None).env
-        env = own_env(make_env, config, training=False)
+        env = own_env(make_env, default_config(arguments.env, None).env, training=False)
     else:
         from valdi_jax.agent import Agent
 

@@ -102,7 +102,7 @@ class Replay:
         model, span = self._config.model, self._config.segment_steps
         stride, count = self._config.frame_stride, len(ring.episodes)
         oldest_first = (ring.oldest + np.arange(count)) % max(count, 1)
-        places = np.array(ring.places)[oldest_first]
+        places = ring.places[oldest_first]
         if self._config.replay.sampling == "episode":
             eligible = np.flatnonzero(places)
             chosen = eligible[rng.integers(len(eligible), size=batch_size)]
@@ -158,17 +158,17 @@ class _Ring:
     def __init__(self, capacity: int | None = None):
         self._capacity = capacity
         self.episodes: list[Episode] = []
-        self.places: list[int] = []  # starts of segments, by slot
+        self.places = np.zeros(0, np.int64)  # starts of segments, by slot
         self.oldest = 0  # slot of the oldest episode
 
     @property
     def ready(self) -> bool:
-        return any(self.places)
+        return bool(self.places.any())
 
     def add(self, episode: Episode, places: int) -> int:
         if self._capacity is None or len(self.episodes) < self._capacity:
             self.episodes.append(episode)
-            self.places.append(places)
+            self.places = np.append(self.places, places)
             return len(self.episodes) - 1
         slot = self.oldest
         self.episodes[slot], self.places[slot] = episode, places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,16 +67,10 @@ def loss_weights(
     *,
     action_weight: float,
     discount: float = 1.0,
-    state_weights: Sequence[float] = (),
 ) -> np.ndarray:
-    """Weights [H, A + S] of a plan's entries: falling over time, ``action_weight`` for action 0.
-
-    ``state_weights`` are factors on the state's dimensions, 1 where it ends.
-    """
-    weights = np.ones((horizon, actions + states), np.float32)
-    weights[:, actions : actions + len(state_weights)] = state_weights
+    """Weights [H, A + S] of a plan's entries: falling over time, ``action_weight`` for action 0."""
     falling = np.float32(discount) ** np.arange(horizon, dtype=np.float32)
-    weights *= (falling / falling.mean())[:, None]
+    weights = np.repeat((falling / falling.mean())[:, None], actions + states, axis=1)
     weights[0, :actions] = action_weight
     return weights
 

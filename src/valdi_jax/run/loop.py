@@ -254,7 +254,7 @@ def _check_data(
 ) -> None:
     """Raise UsageError if recorded episodes are missing, too short, or not the resumed run's."""
     known = checkpoint.identity(resumed) if resumed else None
-    if known and known["data"] != digest(recorded):
+    if known and known["data"] and known["data"] != digest(recorded):
         raise UsageError(f"the recorded data are not those that {resumed} began with")
     if config.diffuses_plans and not recorded and fresh and not resumed:
         raise UsageError("Diffuser's normalisers need --data minari:ID, recorded episodes")
