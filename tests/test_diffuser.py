@@ -12,7 +12,8 @@ from valdi_jax.model import init_params, known_of_plans
 from valdi_jax.networks.scaler import fit, unscale
 from valdi_jax.observation import Observation
 from valdi_jax.planners import plan
-from valdi_jax.planners.diffuser import once, waypoint_actions
+from valdi_jax.planners.diffuser import waypoint_actions
+from valdi_jax.planners.sampling import once
 from valdi_jax.presets import default_config
 
 NUMBERS = np.load(PARITY / "diffuser.npz", allow_pickle=False)

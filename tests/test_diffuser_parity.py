@@ -239,7 +239,7 @@ def results(case, kind):
 
         if kind == "unet":
             return plan_loss(
-                predict, clean, timesteps, noise, mask, posterior=posterior, weights=weights
+                predict, clean, timesteps, noise, mask, posterior=posterior, weights=weights[None]
             )
         noised = noise_plans(clean, timesteps, noise, mask, posterior=posterior)
         return jnp.mean((predict(noised, timesteps) - NUMBERS[f"{case}/value_target"][:, 0]) ** 2)

@@ -16,10 +16,11 @@ ORDER = [
     *("dynamics.base", "dynamics.diffusion", "dynamics.flow", "dynamics.mlp", "dynamics.simplex"),
     *("dynamics", "model"),
     *("planners.base", "planners.cem", "planners.icem", "planners.mbdpo", "planners.mppi"),
-    *("planners.diffuser", "planners.scoring", "planners"),
+    *("planners.scoring", "planners.sampling", "planners.guided", "planners.diffuser", "planners"),
     *("data", "data.episode", "data.augment", "data.windows"),
     *("losses.base", "losses.dynamics", "losses.reward", "losses.value", "losses.sigreg"),
-    *("losses.q", "losses.energy", "losses.policy", "losses.plans", "losses"),
+    *("losses.q", "losses.energy", "losses.policy", "losses.plans"),
+    *("losses.prior", "losses"),
     *("data.replay", "data.store", "updates"),
     *(
         "envs.carracing_render",
@@ -99,7 +100,7 @@ def test_planners_import_no_update_data_environment_or_run():
         if name.startswith("planners"):
             parts = {other.split(".")[1] for other in imports(path) if "valdi_jax." in other}
             assert not parts & {"updates", "losses", "data", "envs", "run"}, name
-            if name not in ("planners", "planners.scoring", "planners.diffuser"):
+            if name not in ("planners", "planners.scoring", "planners.guided", "planners.diffuser"):
                 assert "model" not in parts, name
 
 

@@ -118,6 +118,17 @@ class UNetConfig:
     plan's last state, whose other numbers are 0."""
 
 
+@_section("model.prior")
+class PriorConfig:
+    """The network prior: plans of action chunks and latents, on Valdi's transformer."""
+
+    timesteps: Annotated[int, Field(ge=2)] = 20
+    """Diffusion timesteps of its cosine schedule."""
+    goal: Natural = 0
+    """Last numbers of an observation that are the goal: the latent of the observation in which they
+    are also the first, and all between 0, is pinned at a plan's end."""
+
+
 @_section("model")
 class ModelConfig:
     """The networks (paper, Supp. B)."""
@@ -130,8 +141,9 @@ class ModelConfig:
     simplices)."""
     networks: tuple[str, ...] = ()
     """Additional networks, besides encoder, dynamics, reward and value: policy (a Gaussian prior of
-    action chunks), energy (MBDPO's) and q (critics of latent and chunk, in place of the value).
-    unet and plan_value are Diffuser's and stand alone."""
+    action chunks), energy (MBDPO's), q (critics of latent and chunk, in place of the value) and
+    prior (a diffusion prior of plans, for the guided planner). unet and plan_value are Diffuser's
+    and stand alone."""
     latent_dim: Count = 64
     """Size D of the latent."""
     horizon: Count = 5
@@ -191,6 +203,7 @@ class ModelConfig:
     rho: Fraction = 1.0
     """Weight rho^t of a rollout's step t in the losses of heads and simplex dynamics."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
 
 
 @_section("planner.icem")
@@ -237,19 +250,25 @@ class MBDPOConfig:
 
 @_section("planner.diffuser")
 class DiffuserConfig:
-    """Diffuser's guided sampling of plans."""
+    """Guided sampling of plans: Diffuser's, and the guided planner's on latents."""
 
     scale: Weight = 0.1
     """Factor on the gradient of the plan's value, besides the posterior variance."""
     guide_steps: Natural = 2
-    """Steps along this gradient at each timestep, if there is a network plan_value."""
+    """Steps along this gradient at each timestep; diffuser needs a network plan_value for them."""
     guide_stop: Natural = 2
     """Timesteps at the end of the sampling that have no guidance."""
+    through: bool = False
+    """guided: take the gradient through the prior, at twice the cost, instead of at its estimate of
+    the clean plan."""
+    warm_start: Natural = 0
+    """Timesteps that are sampled anew from the previous plan, shifted and noised; 0 starts each
+    plan from noise."""
     clip: bool = False
-    """Clip the clean estimates to [-1, 1]."""
+    """diffuser: clip the clean estimates to [-1, 1]."""
     controller: Literal["actions", "waypoints"] = "actions"
-    """Take the plan's actions, planning anew each step; or plan once an episode and follow its
-    states, of which the first half are positions and the rest their velocities."""
+    """diffuser: take the plan's actions, planning anew each step; or plan once an episode and
+    follow its states, of which the first half are positions and the rest their velocities."""
 
 
 @_section("planner")
@@ -257,8 +276,8 @@ class PlannerConfig:
     """The search for actions (paper, Supp. D)."""
 
     kind: str = "cem"
-    """cem (the paper's cross-entropy method), icem, mppi, mbdpo, or diffuser, which samples plans
-    with its own networks."""
+    """cem (the paper's cross-entropy method), icem, mppi, mbdpo, guided, which samples plans of the
+    network prior, or diffuser, which samples them with its own networks."""
     candidates: Count = 512
     """Action sequences N sampled per iteration (iCEM: in the first)."""
     elites: Annotated[int, Field(ge=2)] = 64
@@ -596,7 +615,7 @@ def validate(config: Config) -> None:
         f"must be at least {least}, or no episode holds a training segment",
     )
     require(
-        planner.elites <= planner.candidates or planner.kind == "diffuser",
+        planner.elites <= planner.candidates or planner.kind in ("diffuser", "guided"),
         *("--planner.elites", planner.elites),
         f"must be at most --planner.candidates ({planner.candidates})",
     )
@@ -624,7 +643,7 @@ def validate(config: Config) -> None:
         return
     if planner.kind == "diffuser" or "plan_value" in model.networks:
         raise UsageError("--planner.kind diffuser needs --model.networks unet")
-    for name in ("policy", "energy", "q"):
+    for name in ("policy", "energy", "q", "prior"):
         if name in model.networks and name not in config.learn.terms:
             raise UsageError(f"--model.networks has {name}: give --learn.terms {name} too")
     if "q" in model.networks and "value" in config.learn.terms:
@@ -658,7 +677,8 @@ def validate(config: Config) -> None:
     if env.pixels and not env.name.startswith("dmc:"):
         raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
     require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
-    if model.dynamics in ("mlp", "simplex"):
+    _validate_sampling(config)
+    if model.dynamics in ("mlp", "simplex") and "prior" not in model.networks:
         return
     require(
         model.transformer_width % model.transformer_heads == 0,
@@ -672,6 +692,22 @@ def validate(config: Config) -> None:
         f"must be at least {token}, the sizes of a timestep, an action chunk and a latent, and one "
         "for the marker",
     )
+
+
+def _validate_sampling(config: Config) -> None:
+    """As `validate`, for the planner that samples from the network prior."""
+    model, planner = config.model, config.planner
+    if planner.kind == "guided" and "prior" not in model.networks:
+        raise UsageError("--planner.kind guided needs --model.networks prior")
+    _validate_warm_start(planner.diffuser.warm_start, model.prior.timesteps)
+
+
+def _validate_warm_start(steps: int, timesteps: int) -> None:
+    if steps > timesteps:
+        raise UsageError(
+            f"--planner.diffuser.warm-start is {steps}; it must be at most the timesteps of the "
+            f"schedule ({timesteps})"
+        )
 
 
 def _validate_plans(config: Config) -> None:
@@ -691,14 +727,20 @@ def _validate_plans(config: Config) -> None:
         raise UsageError("--model.networks unet needs --planner.kind diffuser")
     if config.model.chunk != 1:
         raise UsageError(f"--model.chunk is {config.model.chunk}; Diffuser plans single steps: 1")
+    _validate_warm_start(config.planner.diffuser.warm_start, unet.timesteps)
     halvings = 2 ** (len(unet.multipliers) - 1)
     if rows % halvings:
         raise UsageError(
             f"--model.horizon is {rows - 1}; with {len(unet.multipliers)} levels, horizon + 1 must "
             f"be a multiple of {halvings}"
         )
-    if config.planner.diffuser.controller == "waypoints" and not unet.goal:
-        raise UsageError("--planner.diffuser.controller waypoints needs --model.unet.goal")
+    if config.planner.diffuser.controller == "waypoints":
+        if not unet.goal:
+            raise UsageError("--planner.diffuser.controller waypoints needs --model.unet.goal")
+        if config.planner.diffuser.warm_start:
+            raise UsageError(
+                "--planner.diffuser.warm-start is for plans that are made anew: waypoints keep one"
+            )
     if unet.width % 8:
         raise UsageError(f"--model.unet.width is {unet.width}; it must be a multiple of 8")
     last = unet.width * unet.multipliers[-1]

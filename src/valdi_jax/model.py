@@ -27,6 +27,7 @@ from valdi_jax.networks.tdmpc2 import (
     q_net,
     reward_net,
 )
+from valdi_jax.networks.transformer import DiffusionTransformer
 from valdi_jax.networks.twohot import decode
 from valdi_jax.networks.unet import PlanValue, TemporalUNet
 from valdi_jax.observation import Observation
@@ -37,6 +38,7 @@ __all__ = [
     "NETWORKS",
     "Action",
     "denoise_plans",
+    "denoise_prior",
     "encode",
     "encode_targets",
     "energy",
@@ -45,6 +47,7 @@ __all__ = [
     "imagine_step",
     "init_params",
     "known_of_plans",
+    "known_of_prior",
     "parameter_count",
     "plan_value",
     "policy",
@@ -80,6 +83,13 @@ def _init_q(key: Array, *, config: Config) -> Params:
     return q_net(config.model).init(key, *_dummies(config))["params"]
 
 
+def _init_prior(key: Array, *, config: Config) -> Params:
+    model, z = config.model, _dummies(config)[0]
+    rows = jnp.zeros((1, model.horizon, model.chunk * model.action_dim + model.latent_dim))
+    inputs = z, rows[..., :0], rows, jnp.zeros(1, jnp.int32)
+    return _prior(model).init(key, *inputs)["params"]
+
+
 def _dummy_plans(config: Config) -> tuple[Array, Array]:
     model = config.model
     rows = jnp.zeros((1, model.horizon + 1, model.action_dim + model.state_dim))
@@ -101,6 +111,7 @@ NETWORKS: Registry[Callable[..., Params]] = Registry(
         "policy": _init_policy,
         "energy": _init_energy,
         "q": _init_q,
+        "prior": _init_prior,
         "unet": _init_unet,
         "plan_value": _init_plan_value,
     },
@@ -176,6 +187,10 @@ def _unet(config: ModelConfig) -> TemporalUNet:
 
 def _plan_value(config: ModelConfig) -> PlanValue:
     return PlanValue(config.unet.multipliers, config.unet.width)
+
+
+def _prior(config: ModelConfig) -> DiffusionTransformer:
+    return DiffusionTransformer(config, config.prior.timesteps)
 
 
 def _encoder(config: ModelConfig) -> nn.Module:
@@ -328,6 +343,16 @@ def value(params: Params, z: Array, *, config: Config) -> Array:
     return values(params, z, config=config).min(axis=0)
 
 
+def denoise_prior(
+    params: Params, z: Array, plans: Array, timesteps: Array, *, config: Config
+) -> Array:
+    """The prior's estimate of clean plans [..., H, C * A + D] from noised ones at timesteps [...].
+
+    Row h is the action chunk h and the latent that follows it; z [..., D] is where they start.
+    """
+    return apply(_prior(config.model), params["prior"], z, plans[..., :0], plans, timesteps)
+
+
 def known_of_plans(config: Config) -> np.ndarray:
     """Mask [H + 1, A + S] of what is pinned in Diffuser's plans: the first state, and a goal's."""
     model = config.model
@@ -335,6 +360,15 @@ def known_of_plans(config: Config) -> np.ndarray:
     mask[0, model.action_dim :] = True
     if model.unet.goal:
         mask[-1, model.action_dim :] = True
+    return mask
+
+
+def known_of_prior(config: Config) -> np.ndarray:
+    """Mask [H, C * A + D] of what is pinned in the prior's plans: with a goal, the last latent."""
+    model = config.model
+    actions = model.chunk * model.action_dim
+    mask = np.zeros((model.horizon, actions + model.latent_dim), bool)
+    mask[-1, actions:] = bool(model.prior.goal)
     return mask
 
 

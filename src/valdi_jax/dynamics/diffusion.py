@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,17 +11,8 @@ from valdi_jax import diffusion
 from valdi_jax.config import ModelConfig
 from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
 from valdi_jax.networks.layers import apply
-from valdi_jax.networks.transformer import TrajectoryTransformer
+from valdi_jax.networks.transformer import DiffusionTransformer
 from valdi_jax.types import Array, Params
-
-
-class DiffusionTransformer(TrajectoryTransformer):
-    """The transformer with a learned embedding for each timestep [...] int."""
-
-    def embed_time(self, time: Array) -> Array:
-        config, init = self.config, nn.initializers.normal(1.0)
-        shape = (config.diffusion_timesteps, config.timestep_dim)
-        return self.param("timestep_embedding", init, shape)[time]
 
 
 class DiffusionDraws(NamedTuple):
@@ -32,12 +22,16 @@ class DiffusionDraws(NamedTuple):
     timesteps: Array  # [B] int32, uniform on 0 .. T - 1
 
 
+def _net(config: ModelConfig) -> DiffusionTransformer:
+    return DiffusionTransformer(config, config.diffusion_timesteps)
+
+
 def init(key: Array, *, config: ModelConfig) -> Params:
     """Parameters of the diffusion transformer."""
     z, actions = dummies(config)
     noised = jnp.zeros((1, config.horizon, config.latent_dim))
     timestep = jnp.zeros((1,), jnp.int32)
-    return DiffusionTransformer(config).init(key, z, actions, noised, timestep)["params"]
+    return _net(config).init(key, z, actions, noised, timestep)["params"]
 
 
 def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> DiffusionDraws:
@@ -51,7 +45,7 @@ def velocity(
     params: Params, z: Array, actions: Array, noised: Array, timestep: Array, *, config: ModelConfig
 ) -> Array:
     """Velocity [..., H, D] of a noised trajectory [..., H, D] at a timestep [...]."""
-    return apply(DiffusionTransformer(config), params, z, actions, noised, timestep)
+    return apply(_net(config), params, z, actions, noised, timestep)
 
 
 def predict(

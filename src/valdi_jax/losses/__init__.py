@@ -13,7 +13,7 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.data import augment
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.losses import dynamics, energy, plans, policy, q, reward, sigreg, value
+from valdi_jax.losses import dynamics, energy, plans, policy, prior, q, reward, sigreg, value
 from valdi_jax.losses.base import Term, View
 from valdi_jax.losses.plans import PlanView, look_at_plans
 from valdi_jax.registry import Registry
@@ -29,6 +29,7 @@ TERMS: Registry[Term] = Registry(
         "q": q.TERM,
         "energy": energy.TERM,
         "policy": policy.TERM,
+        "prior": prior.TERM,
         "plan": plans.TERM,
         "plan_value": plans.VALUE_TERM,
     },

@@ -83,7 +83,7 @@ def plan_loss(
     mask: Array | np.ndarray,
     *,
     posterior: Posterior,
-    weights: np.ndarray,
+    weights: Array | np.ndarray,
 ) -> Array:
     """Weighted squared error [] of clean plans estimated from noised ones.
 
@@ -94,11 +94,11 @@ def plan_loss(
         noise: [B, H, D] standard normal.
         mask: [H, D] true where a plan is pinned, which carries no loss.
         posterior: of the schedule.
-        weights: [H, D].
+        weights: [1 or B, H, 1 or D].
     """
     noised = noise_plans(clean, timesteps, noise, mask, posterior=posterior)
     predicted = jnp.where(mask, clean, predict(noised, timesteps))
-    return jnp.mean(weights[None] * (predicted - clean) ** 2)
+    return jnp.mean(weights * (predicted - clean) ** 2)
 
 
 def noise_plans(
@@ -127,7 +127,7 @@ def loss(
         *draws,
         model.known_of_plans(config),
         posterior=cosine_posterior(model_config.unet.timesteps),
-        weights=weights,
+        weights=weights[None],
     )
     return error, {}
 

@@ -102,3 +102,13 @@ class TrajectoryTransformer(nn.Module):
             )(x)
         x = layer_norm(use_bias=False, name="norm")(x)
         return Linear(noised.shape[-1], use_bias=False, name="velocity")(x)
+
+
+class DiffusionTransformer(TrajectoryTransformer):
+    """The transformer with a learned embedding for each of its timesteps [...] int."""
+
+    timesteps: int
+
+    def embed_time(self, time: Array) -> Array:
+        shape = (self.timesteps, self.config.timestep_dim)
+        return self.param("timestep_embedding", nn.initializers.normal(1.0), shape)[time]

@@ -12,7 +12,7 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
-from valdi_jax.planners import cem, diffuser, icem, mbdpo, mppi
+from valdi_jax.planners import cem, diffuser, guided, icem, mbdpo, mppi
 from valdi_jax.planners.base import Planner, Problem, correlated_normal
 from valdi_jax.planners.scoring import TailDraws, draw_tail, over_devices, predicted_return
 from valdi_jax.registry import Registry
@@ -25,6 +25,7 @@ PLANNERS: Registry[Planner] = Registry(
         "icem": icem.PLANNER,
         "mppi": mppi.PLANNER,
         "mbdpo": mbdpo.PLANNER,
+        "guided": guided.PLANNER,
         "diffuser": diffuser.PLANNER,
     },
 )

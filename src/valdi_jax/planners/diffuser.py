@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,16 @@ from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample
 from valdi_jax.networks.scaler import scale, unscale
 from valdi_jax.observation import Observation
 from valdi_jax.planners.base import Planner, clip, no_nan
+from valdi_jax.planners.sampling import Carry, follow, no_plan, once, start
 from valdi_jax.types import Array, Params, Plan
 
 
-class Carry(NamedTuple):
-    """What an episode keeps of its only plan."""
-
-    step: Array  # [] int32, of the next action; 0 before there is a plan
-    rows: Array  # [H + 1, A + S] in the environment's units
-    value: Array  # []
-
-
 def init(shape: tuple[int, int], *, config: Config) -> Carry | tuple[()]:
-    """No carry where every step plans anew."""
-    if config.planner.diffuser.controller == "actions":
+    """No carry where every step plans anew, from noise."""
+    settings = config.planner.diffuser
+    if settings.controller == "actions" and not settings.warm_start:
         return ()
-    rows = jnp.zeros((config.model.horizon + 1, config.model.action_dim + config.model.state_dim))
-    return Carry(jnp.zeros((), jnp.int32), rows, jnp.zeros(()))
+    return no_plan(config.model.horizon + 1, config.model.action_dim + config.model.state_dim)
 
 
 def plan(
@@ -50,13 +42,19 @@ def plan(
     assert obs.vector is not None
     sample_key, explore_key = jax.random.split(key)
     size, state = config.model.action_dim, config.model.state_dim
-    sample = functools.partial(_sample, config=config)
-    if config.planner.diffuser.controller == "waypoints":
+    settings = config.planner.diffuser
+    sample = functools.partial(_sample, rows=None, config=config)
+    if settings.controller == "waypoints":
         rows, value = once(sample)(
             carry.step == 0, (carry.rows, carry.value), params, obs.vector, sample_key
         )
         steps = carry.step + jnp.arange(config.model.horizon)
         actions = waypoint_actions(rows[:, size:], obs.vector[:state], steps)
+        carry = Carry(carry.step + 1, rows, value)
+    elif settings.warm_start:
+        warm = _sample(params, obs.vector, sample_key, rows=follow(carry.rows, 1), config=config)
+        rows, value = once(sample)(carry.step == 0, warm, params, obs.vector, sample_key)
+        actions = rows[: config.model.horizon, :size]
         carry = Carry(carry.step + 1, rows, value)
     else:
         rows, value = sample(params, obs.vector, sample_key)
@@ -71,8 +69,13 @@ def plan(
     )
 
 
-def _sample(params: Params, vector: Array, key: Array, *, config: Config) -> tuple[Array, Array]:
-    """A plan [H + 1, A + S] from an observation's vector, in its units, and its value."""
+def _sample(
+    params: Params, vector: Array, key: Array, *, rows: Array | None, config: Config
+) -> tuple[Array, Array]:
+    """A plan [H + 1, A + S] from an observation's vector, in its units, and its value.
+
+    It starts from ``rows``, another plan in these units, if they are given.
+    """
     size, states = config.model.action_dim, config.model.state_dim
     count, settings = config.planner.candidates, config.planner.diffuser
     kind, scalers = config.model.unet.scaler, params["scalers"]
@@ -96,7 +99,11 @@ def _sample(params: Params, vector: Array, key: Array, *, config: Config) -> tup
     guide = None
     if "plan_value" in params:
         guide = Guide(value, settings.scale, settings.guide_steps, settings.guide_stop)
-    noise = jax.random.normal(key, (len(posterior.variance) + 1, count, *mask.shape))
+    if rows is not None:
+        parts = {"actions": rows[:, :size], "states": rows[:, size:]}
+        rows = jnp.concatenate([scale(scalers[k], x, kind=kind) for k, x in parts.items()], axis=-1)
+    shape = (count, *mask.shape)
+    noise = start(key, shape, posterior=posterior, rows=rows, steps=settings.warm_start)
     plans, values = guided_sample(
         denoise, noise, lambda x: jnp.where(mask, known, x), posterior=posterior, guide=guide
     )
@@ -104,40 +111,6 @@ def _sample(params: Params, vector: Array, key: Array, *, config: Config) -> tup
     actions = unscale(scalers["actions"], plans[best, :, :size], kind=kind)
     states_then = unscale(scalers["states"], plans[best, :, size:], kind=kind)
     return jnp.concatenate([actions, states_then], axis=-1), values[best]
-
-
-def once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """(needed [], before, *arguments) -> ``compute(*arguments)`` if needed, else ``before``.
-
-    Under vmap, nothing is computed unless at least one needs it; `jax.lax.cond` would always.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def either(needed: Array, before: Any, *arguments: Any) -> Any:
-        return jax.lax.cond(needed, lambda: compute(*arguments), lambda: before)
-
-    @either.def_vmap
-    def batched(size: int, is_batched: Any, needed: Array, before: Any, *arguments: Any) -> Any:
-        axes = [jax.tree.map(lambda one: 0 if one else None, each) for each in is_batched]
-        spread = [
-            jax.tree.map(
-                lambda x, one: x if one else jnp.broadcast_to(x, (size, *jnp.shape(x))), each, flags
-            )
-            for each, flags in zip((needed, before), is_batched[:2], strict=True)
-        ]
-
-        def anew() -> Any:
-            made = jax.vmap(compute, in_axes=tuple(axes[2:]), axis_size=size)(*arguments)
-            return jax.tree.map(
-                lambda new, old: jnp.where(spread[0].reshape(-1, *[1] * (new.ndim - 1)), new, old),
-                made,
-                spread[1],
-            )
-
-        made = jax.lax.cond(spread[0].any(), anew, lambda: spread[1])
-        return made, jax.tree.map(lambda _: True, made)
-
-    return either
 
 
 def waypoint_actions(planned: Array, state: Array, steps: Array) -> Array:

@@ -270,6 +270,11 @@ def check(example: Observation, config: Config) -> None:
     check_names(config)
     if config.model.encoder == "simplex" and example.image is not None:
         raise UsageError("--model.encoder simplex takes vector observations; these have an image")
+    goal = config.model.prior.goal
+    if goal and (example.image is not None or example.vector.shape[-1] < 2 * goal):
+        raise UsageError(
+            f"--model.prior.goal is {goal}; it is for vector observations that hold a goal"
+        )
     place(example, config)
     shardings(config.learn.batch_size, sharing(config))
 
