@@ -4,7 +4,7 @@ python experiments/planners.py --evaluations 256
 python experiments/planners.py --agents pendulum lunarlander carracing --episodes 20
 
 An agent is a run, an exported or a packaged one. Without a policy prior or an energy, MBDPO and
-MPPI search without them.
+MPPI search without them; guided needs a network prior.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ from valdi_jax.planners.base import Problem
 
 SHAPE = (10, 2)
 ITERATIONS = {"cem": 4, "icem": 4, "mppi": 4, "mbdpo": 7}
+KINDS = (*ITERATIONS, "guided")
+TIMESTEPS = 20  # of a prior
 
 
-def settings(kind: str, evaluations: int, base: PlannerConfig) -> PlannerConfig:
-    """A planner that scores about so many sequences."""
+def settings(kind: str, evaluations: int, base: PlannerConfig, guide: dict) -> PlannerConfig:
+    """A planner that scores about so many sequences, or applies its prior to so many plans."""
+    if kind == "guided":
+        sampling = dataclasses.replace(base.diffuser, **guide)
+        passes = sampling.warm_start or TIMESTEPS
+        passes *= 1 + (sampling.guide_steps if sampling.scale else 0)
+        candidates = max(evaluations // passes, 1)
+        return dataclasses.replace(base, kind=kind, candidates=candidates, diffuser=sampling)
     iterations = ITERATIONS[kind]
     # iCEM's population decays from one iteration to the next.
     share = sum(base.icem.decay**-i for i in range(iterations)) if kind == "icem" else iterations
@@ -79,7 +87,7 @@ def on_functions(kinds: list[str], evaluations: int, seeds: int = 50) -> list[di
     results = []
     for name, function in FUNCTIONS.items():
         for kind in kinds:
-            config = settings(kind, evaluations, PlannerConfig())
+            config = settings(kind, evaluations, PlannerConfig(), {})
             planner = PLANNERS[kind]
             problem = Problem(SHAPE, 1, lambda x, key, f=function: f(x))
 
@@ -98,14 +106,16 @@ def on_functions(kinds: list[str], evaluations: int, seeds: int = 50) -> list[di
     return results
 
 
-def on_agents(agents: list[str], kinds: list[str], evaluations: int, episodes: int) -> list[dict]:
+def on_agents(
+    agents: list[str], kinds: list[str], evaluations: int, episodes: int, guide: dict
+) -> list[dict]:
     """Return over fixed episodes without noise, and milliseconds a plan."""
     results = []
     for name in agents:
         for kind in kinds:
             agent = Agent.load(name)
             agent.config = dataclasses.replace(
-                agent.config, planner=settings(kind, evaluations, agent.config.planner)
+                agent.config, planner=settings(kind, evaluations, agent.config.planner, guide)
             )
             start = time.monotonic()
             scored = agent.evaluate(episodes=episodes)
@@ -144,14 +154,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--agents", nargs="+", metavar="AGENT")
-    parser.add_argument("--planners", nargs="+", default=list(ITERATIONS), choices=ITERATIONS)
+    parser.add_argument("--planners", nargs="+", default=list(ITERATIONS), choices=KINDS)
+    parser.add_argument("--scale", type=float, default=0.1, help="guided: of the gradient")
+    parser.add_argument("--guide-steps", type=int, default=1, help="guided: along the gradient")
+    parser.add_argument("--guide-stop", type=int, default=0, help="guided: last timesteps without")
+    parser.add_argument("--through", action="store_true", help="guided: through the prior")
+    parser.add_argument("--warm-start", type=int, default=0, help="guided: timesteps anew")
     parser.add_argument("--evaluations", type=int, default=256, help="sequences scored in a plan")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
     kinds, evaluations = arguments.planners, arguments.evaluations
     if arguments.agents:
-        results = on_agents(arguments.agents, kinds, evaluations, arguments.episodes)
+        names = ("scale", "guide_steps", "guide_stop", "through", "warm_start")
+        guide = {name: getattr(arguments, name) for name in names}
+        results = on_agents(arguments.agents, kinds, evaluations, arguments.episodes, guide)
     else:
         results = on_functions(kinds, evaluations)
     if arguments.json:

@@ -1,12 +1,15 @@
 """Guided sampling on latents, and its prior."""
 
+import io
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_train import run
-from toy import CONFIG
+from toy import CONFIG, make_counting
 
 from valdi_jax import model
 from valdi_jax.config import DiffuserConfig, PriorConfig, UNetConfig, validate
@@ -21,6 +24,7 @@ from valdi_jax.planners.scoring import trajectory_return
 from valdi_jax.presets import default_config
 from valdi_jax.run import learner
 from valdi_jax.run.log import read_jsonl
+from valdi_jax.train import train
 from valdi_jax.updates import init_state
 
 OBS = Observation(vector=jnp.array([0.3, -0.2]))
@@ -56,6 +60,27 @@ def test_a_prior_learns_and_leaves_the_world_model_as_it_is(trained, tmp_path):
     assert all(jax.tree.leaves(moved))
     record = read_jsonl(directory / "metrics.jsonl")[-1]
     assert np.isfinite(record["loss/prior"])
+
+
+def test_an_agent_gets_a_prior_later_and_only_this_learns(tmp_path):
+    """On recorded episodes: the quickest way from a packaged agent to a guided planner."""
+    agent, _ = run(tmp_path / "agent", 3)
+    config = WITH_PRIOR.replace(learn={"terms": ("prior",)}, collect={"episodes": 4})
+    output = io.StringIO()
+    state = train(
+        config,
+        tmp_path / "run",
+        make=make_counting,
+        init_from=tmp_path / "agent",
+        console=Console(file=output),
+    )
+    assert "note: prior starts untrained" in output.getvalue()
+    assert int(state.step) > 0
+    params = dict(state.params)
+    prior = params.pop("prior")
+    chex.assert_trees_all_equal(params, agent.params)
+    fresh = init_state(jax.random.key(CONFIG.seed), OBS, config=config).params["prior"]
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (prior, fresh)), strict=True))
 
 
 def test_a_resumed_run_that_plans_with_its_prior_equals_a_straight_one(tmp_path):

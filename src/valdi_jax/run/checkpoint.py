@@ -481,16 +481,26 @@ class StoredAgent:
     made_by: str | None = None
 
     def load(
-        self, observation: Observation | None = None, *, config: Config | None = None
+        self,
+        observation: Observation | None = None,
+        *,
+        config: Config | None = None,
+        fresh: Params | None = None,
     ) -> Params:
         """Load its parameters onto the device.
 
         Given an example ``observation``, check that all shapes fit ``config``, by default its own.
+        Additional networks that it lacks are taken from ``fresh``, if given.
 
         Raises:
             UsageError: if it is damaged, or naming the first parameter that does not fit.
         """
         params = jax.tree.map(jnp.asarray, self.read())
+        if fresh is not None:
+            networks = (config or self.config).model.networks
+            params = {name: fresh[name] for name in networks if name in fresh} | params
+            if "statistics" in fresh:
+                params["statistics"] = fresh["statistics"] | params.get("statistics", {})
         if observation is not None:
             template = _params_template(observation, config or self.config)
             _check_fit(_shapes(params), _shapes(template), self.name)

@@ -68,10 +68,13 @@ def train(
     check(source.example, config)
     if resume and init_from is not None:
         raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
-    given = None
+    given, lacking = None, set[str]()
     if init_from is not None:
-        params = checkpoint.open_agent(init_from).load(source.example, config=config)
-        given = start_from(_first_state(source), params)
+        first = _first_state(source)
+        agent = checkpoint.open_agent(init_from)
+        params = agent.load(source.example, config=config, fresh=first.params)
+        given = start_from(first, params)
+        lacking = set(config.model.networks) - set(agent.config.model.networks)
     if resume:
         checkpoint.load_config(run_dir)  # raises before anything is made
     recorded = source.recorded()
@@ -108,6 +111,8 @@ def train(
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):
             reporter.say(f"warning: {sentence}")
+        for name in sorted(lacking):
+            reporter.say(f"note: {name} starts untrained: {init_from} has none")
         if resume:
             new = checkpoint.options_since(run_dir)
             if new:
