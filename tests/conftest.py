@@ -31,10 +31,12 @@ PARITY = Path(__file__).parent / "parity"
 def pytest_configure(config):
     """Settings shared by the parallel test processes and those that they start."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
-    # Most programs here run for milliseconds: compile them with fewer passes.
+    # Most programs here run for milliseconds, and took eight seconds to compile: these flags make
+    # it one and a half.
     flags = os.environ.get("XLA_FLAGS", "")
     if "backend_optimization_level" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1".strip()
+        quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
     # Forbid implicit rank promotion.
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

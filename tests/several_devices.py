@@ -7,6 +7,7 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from test_update import EXAMPLE, random_batch
 from toy import CONFIG, make_counting
@@ -18,11 +19,11 @@ from valdi_jax.updates import init_state, shardings, update
 
 
 def losses_agree_with_one_device():
-    whole, split = shardings(16, 8)
+    whole, split = shardings(8, 8)
     one = init_state(jax.random.key(0), EXAMPLE, config=CONFIG)
     eight = jax.device_put(init_state(jax.random.key(0), EXAMPLE, config=CONFIG), whole)
     for number in range(3):
-        batch = random_batch(number, size=16)
+        batch = random_batch(number)  # as many segments as in training: the same program
         shared = jax.device_put(batch, split)
         assert len(shared.rewards.sharding.device_set) == 8
         eight, theirs = update(eight, shared, config=CONFIG)
@@ -33,14 +34,14 @@ def losses_agree_with_one_device():
 
 
 def devices_share_the_candidates_of_a_plan():
-    whole, _ = shardings(16, 8)
     params = init_state(jax.random.key(0), EXAMPLE, config=CONFIG).params
-    keys = jax.random.split(jax.random.key(1), 3)
-    observations = jax.tree.map(lambda x: np.stack([x] * 3), EXAMPLE)
+    keys = jax.random.split(jax.random.key(1), 1)
+    observations = jax.tree.map(lambda x: x[None], EXAMPLE)
     settings = {"config": CONFIG.graph}
-    one = (params, observations, keys, np.arange(3, dtype=np.int32), np.float32(0.1))
+    one = (params, observations, keys, np.zeros(1, np.int32), np.float32(0.1))
     alone = plan_batch.lower(*one, **settings).compile()
-    for mesh in (whole.mesh, jax.make_mesh((8,), ("devices",))):  # automatic and explicit axes
+    automatic = Mesh(np.array(jax.devices()), ("devices",))  # as in training
+    for mesh in (automatic, jax.make_mesh((8,), ("devices",))):  # with explicit axes
         with jax.set_mesh(mesh):
             shared = plan_batch.lower(*one, **settings).compile()
             theirs = plan_batch(*one, **settings)
