@@ -1,5 +1,8 @@
 import ast
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +12,31 @@ from valdi_jax import Agent
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_python_example_runs_as_printed(capsys):
+def test_the_python_example_runs_as_printed(optimized):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    exec(compile(example, "README.md", "exec"), {})
-    shape, _, score = capsys.readouterr().out.rpartition(" ")
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    shape, _, score = done.stdout.strip().rpartition(" ")
     assert shape == "(15, 3)"
     assert float(score) > 200  # untrained agents get about -30
 
 
-def test_your_environment_trains_as_written(tmp_path, monkeypatch, capsys):
+def test_your_environment_trains_as_written(tmp_path, monkeypatch, optimized):
     (training,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/your-environment.md").read_text(), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
-    exec(compile(training, "your-environment.md", "exec"), names)
-    printed = capsys.readouterr().out
+    Path("reach.py").write_text(training)
+    done = subprocess.run([sys.executable, "reach.py"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    printed = done.stdout
     summary = ast.literal_eval(printed[printed.rindex("{") :])
     # Standing still costs a distance of about 1 at each of the 30 steps.
     assert summary["mean"] > -10
     assert (tmp_path / "runs/reach/checkpoints/00000040").is_dir()
 
+    names = runpy.run_path("reach.py")
     agent = Agent.load("runs/reach", make=names["make"])
     env = agent.make_env()
     observation, _ = env.reset(seed=0)

@@ -10,6 +10,7 @@ from valdi_jax.updates import init_state
 
 PLANS = ("plan", "plan_value")  # Diffuser's: see test_recorded
 NEEDS = {"q": ("q", "policy"), "policy": ("policy",), "energy": ("energy", "policy")}
+NEEDS |= {"prior": ("prior",)}
 
 
 def gradients(config):
