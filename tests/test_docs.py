@@ -42,5 +42,6 @@ def commands():
 
 @pytest.mark.parametrize("options", list(commands()))
 def test_documented_training_commands_parse(options):
-    chosen = options[options.index("--env") + 1] if "--env" in options else "carracing"
+    named = [options[options.index(o) + 1] for o in ("--env", "--init-from") if o in options]
+    chosen = named[0] if named else "carracing"
     assert parse_arguments(options).config.env.name == chosen
