@@ -98,6 +98,7 @@ def main() -> None:
         seed=arguments.seed,
         each=lambda numbers: track(numbers, description=f"{arguments.steps} steps"),
         description="waypoint controller",
+        env_name=f"maze:{arguments.maze}",
     )
 
 

@@ -13,7 +13,7 @@ from toy import CONFIG, make_counting
 from valdi_jax.agent import Agent
 from valdi_jax.checkpoint import main as checkpoint_main
 from valdi_jax.config import DiffuserConfig, UNetConfig, validate
-from valdi_jax.data.recorded import to_episodes
+from valdi_jax.data.recorded import environment_of, to_episodes
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import gather, store_episode, store_shapes
 from valdi_jax.envs.spaces import Interface
@@ -25,7 +25,7 @@ from valdi_jax.record import record
 from valdi_jax.run import checkpoint
 from valdi_jax.run.checkpoint import open_agent
 from valdi_jax.run.log import read_jsonl
-from valdi_jax.train import main, train
+from valdi_jax.train import main, parse_arguments, train
 
 OFFLINE = CONFIG.replace(
     collect={"source": "data", "data": "given", "epoch": 4, "episodes": 3},
@@ -281,6 +281,9 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
     with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
         main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
+    alone = parse_arguments(["--data", "minari:pendulum/random-v0", "--preset", "diffuser"])
+    assert alone.config.env.name == "pendulum"
+    assert alone.config.planner.kind == "diffuser"
 
 
 @pytest.mark.parametrize(
@@ -351,5 +354,6 @@ def test_recording_a_controller(datasets):
     env = gym.make("Pendulum-v1", max_episode_steps=5)
     returns = record(env, Still(), "pendulum/still-v0", episodes=3, seed=4)
     assert returns.shape == (3,)
+    assert environment_of("minari:pendulum/still-v0") == "gym:Pendulum-v1"
     with pytest.raises(UsageError, match="no name of a dataset"):
         record(env, Still(), "still", episodes=1)

@@ -17,6 +17,7 @@ import tyro
 from rich.progress import track
 
 from valdi_jax import cli, compilation
+from valdi_jax.data.recorded import ENVIRONMENT
 from valdi_jax.envs import import_modules, make_env, own_env
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import default_config
@@ -84,6 +85,7 @@ def record(
     seed: int = 0,
     each: Callable[[Any], Any] = lambda numbers: numbers,
     description: str = "",
+    env_name: str = "",
 ) -> np.ndarray:
     """Record episodes as a local Minari dataset.
 
@@ -95,6 +97,8 @@ def record(
         seed: of the first episode's reset; the others follow it.
         each: wraps the episodes' numbers, e.g. in a progress bar.
         description: of the controller, kept with the data.
+        env_name: of the environment, as ``--env`` takes it: training on the data takes it from
+            them. Without it, the environment's Gymnasium id.
 
     Ctrl-C ends the recording; an episode under way is cut off there.
 
@@ -127,12 +131,14 @@ def record(
     returns = returns[: done + 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
-        collector.create_dataset(
+        dataset = collector.create_dataset(
             name,
             algorithm_name=description or type(controller).__name__,
             description=f"recorded by valdi_jax.record: {description}",
             # Without reference scores: for them, Minari makes the environment anew by its name.
         )
+    if env_name:
+        dataset.storage.update_metadata({ENVIRONMENT: env_name})
     collector.close()
     return returns
 
@@ -176,11 +182,13 @@ def main(argv: Sequence[str]) -> int:
     compilation.cache_compilations()
     agent = None
     if arguments.agent is None:
-        env = own_env(make_env, default_config(arguments.env, None).env, training=False)
+        config = default_config(arguments.env, None)
+        env = own_env(make_env, config.env, training=False)
     else:
         from valdi_jax.agent import Agent
 
         agent = Agent.load(arguments.agent)
+        config = agent.config
         env = agent.make_env()
     share = arguments.random if agent is not None else 1.0
     what = "random actions" if agent is None else f"{arguments.agent}, {share:.0%} random"
@@ -192,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
         each=lambda numbers: track(numbers, description="recording", transient=True),
         description=what,
+        env_name=config.env.name,
     )
     print(
         f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f} +- "

@@ -121,7 +121,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     elif given and chosen is None:
         base = checkpoint.open_agent(Path(given)).config
     else:
-        base = default_config(_value_of("--env", argv), chosen)
+        base = default_config(_environment(argv), chosen)
     arguments = cli.parse(
         Arguments,
         argv,
@@ -132,6 +132,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if resumed and arguments.run_dir:
         raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
     return arguments
+
+
+def _environment(argv: Sequence[str]) -> str | None:
+    """``--env``, or the environment of the recorded data."""
+    env, data = (_value_of(option, argv) for option in ("--env", "--data"))
+    if env is not None or data is None:
+        return env
+    from valdi_jax.data.recorded import environment_of
+
+    return environment_of(data)
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

@@ -16,6 +16,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.registry import Registry
 
 GIVEN = "python"  # what collect.data says where a program gives the episodes
+ENVIRONMENT = "valdi_env"  # where a dataset that this package records keeps its environment's name
 
 
 def read_recorded(name: str, interface: Interface, config: Config) -> list[Episode]:
@@ -33,8 +34,28 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
     return to_episodes(READERS[kind](rest), interface, config, name)
 
 
+def environment_of(name: str) -> str | None:
+    """The environment of ``--data KIND:ID``, as ``--env`` takes it; None if it names none.
+
+    Raises:
+        UsageError: if there is no such data.
+    """
+    kind, _, rest = name.partition(":")
+    if kind != "minari":
+        return None
+    data = _minari(rest)
+    if ENVIRONMENT in data.storage.metadata:
+        return str(data.storage.metadata[ENVIRONMENT])
+    return data.env_spec and f"gym:{data.env_spec.id}"
+
+
 def _read_minari(name: str) -> Iterable[Any]:
-    """Episodes of a local Minari dataset; nothing is downloaded."""
+    """Episodes of a local Minari dataset."""
+    return _minari(name).iterate_episodes()
+
+
+def _minari(name: str) -> Any:
+    """A local Minari dataset; nothing is downloaded."""
     try:
         import minari
     except ImportError as error:
@@ -42,7 +63,7 @@ def _read_minari(name: str) -> Iterable[Any]:
             "--data minari:ID needs the extra offline: pip install 'valdi-jax[offline]'"
         ) from error
     try:
-        return minari.load_dataset(name).iterate_episodes()
+        return minari.load_dataset(name)
     except (OSError, ValueError, TypeError) as error:  # TypeError: a name without a version
         local = ", ".join(sorted(minari.list_local_datasets())[:20]) or "none"
         raise UsageError(
