@@ -206,6 +206,9 @@ def test_it_goes_on_in_the_environment_with_the_data(offline, tmp_path):
     assert "episode 3/3" in output
     assert int(state.step) > 0
     assert len(list((tmp_path / "online" / "replay").glob("*.npz"))) == 3
+    run(tmp_path / "parts", online.replace(collect={"episodes": 2}), init_from=directory)
+    resumed, _ = run(tmp_path / "parts", online, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, state.replace(key=0), resumed.replace(key=0))
 
 
 def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
