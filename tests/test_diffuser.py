@@ -91,10 +91,10 @@ def test_environments_of_a_batch_keep_their_own_plans():
     keys = jax.random.split(jax.random.key(3), 3)
     settings = {"config": MAZE.graph}
     start = np.zeros(3, np.int32), np.float32(0), first_carries(3, MAZE)
-    _, _, carries = plan_batch(params, observations, keys, *start, **settings)
+    carries = plan_batch(params, observations, keys, *start, **settings).carry
     decisions = np.array([1, 0, 1], np.int32)  # the second begins another episode
     other = Observation(vector=observations.vector + 0.5)
-    _, _, after = plan_batch(params, other, keys, decisions, np.float32(0), carries, **settings)
+    after = plan_batch(params, other, keys, decisions, np.float32(0), carries, **settings).carry
     kept = [np.array_equal(a, b) for a, b in zip(after.rows, carries.rows, strict=True)]
     assert kept == [True, False, True]
     assert after.step.tolist() == [2, 1, 2]

@@ -160,12 +160,12 @@ def test_environments_of_a_batch_start_warm_or_fresh_each_by_itself(trained):
     keys = jax.random.split(jax.random.key(5), 2)
     settings = {"config": config.graph}
     start = np.zeros(2, np.int32), np.float32(0), first_carries(2, config)
-    _, _, carries = plan_batch(state.params, observations, keys, *start, **settings)
+    carries = plan_batch(state.params, observations, keys, *start, **settings).carry
     decisions = np.array([1, 0], np.int32)  # the second begins another episode
-    plans, _, after = plan_batch(
+    plans = plan_batch(
         state.params, observations, keys, decisions, np.float32(0), carries, **settings
     )
-    assert after.step.tolist() == [2, 1]
+    assert plans.carry.step.tolist() == [2, 1]
     alone = jax.tree.map(lambda x: x[0], (observations, carries))
     again = plan_batch(
         state.params,
@@ -176,7 +176,7 @@ def test_environments_of_a_batch_start_warm_or_fresh_each_by_itself(trained):
         jax.tree.map(lambda x: x[None], alone[1]),
         **settings,
     )
-    np.testing.assert_allclose(plans[0], again[0][0], atol=1e-5)
+    np.testing.assert_allclose(plans.actions[0], again.actions[0], atol=1e-5)
 
 
 def test_a_goal_is_the_last_latent():

@@ -74,6 +74,9 @@ def test_a_method_learns_and_its_metrics_say_so(trained):
         assert any(jax.tree.leaves(moved)), network
     record = read_jsonl(directory / "metrics.jsonl")[-1]
     assert np.isfinite([record["loss/policy"], record["policy/q_range"]]).all()
+    assert 0 < record["plan/drift"] < 2
+    assert record["plan/td_error"] > 0
+    assert ("plan/energy" in record) == ("energy" in config.model.networks)
     if "energy" in config.model.networks:
         statistics = state.params["statistics"]
         assert float(statistics["energy_mean"]) != 0

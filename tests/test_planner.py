@@ -214,7 +214,7 @@ def test_an_episode_starts_a_new_search(agent):
     def chunks(carries):
         return plan_batch(
             params, observations, keys, decisions, np.float32(0), carries, config=config
-        )[0]
+        ).actions
 
     fresh = first_carries(4, config)
     assert fresh.shape == (4, 15, 3)

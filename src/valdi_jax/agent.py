@@ -114,7 +114,7 @@ class Agent:
             )
         if not rows.left.all():
             keys = rows.keys if key is None else [key] * count
-            actions, _, carries = jax.device_get(
+            plans = jax.device_get(
                 plan_batch(
                     self.params,
                     batch,
@@ -125,7 +125,7 @@ class Agent:
                     config=self.config.graph,
                 )
             )
-            rows.take(actions, carries)
+            rows.take(plans.actions, plans.carry)
         chosen = np.stack([self._interface.act(action) for action in rows.next_actions()])
         return chosen[0] if single else chosen
 

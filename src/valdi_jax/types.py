@@ -68,3 +68,4 @@ class Plan(struct.PyTreeNode):
     mean: Array  # [H * C, A] of the last sampling distribution, before the planner's squash
     std: Array  # [H * C, A] of the last sampling distribution, before the planner's squash
     carry: Any = None  # planner state for the episode's next plan, if any
+    metrics: dict[str, Array] = struct.field(default_factory=dict)  # [] each, of its first chunk

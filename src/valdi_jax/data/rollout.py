@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +19,7 @@ from valdi_jax.envs.workers import Pool
 from valdi_jax.errors import StoppedError
 from valdi_jax.observation import Observation
 from valdi_jax.planners import first_carry, plan
-from valdi_jax.types import Array, Params
+from valdi_jax.types import Array, Params, Plan
 
 _EPISODE_LOSSES = 5  # lost environments, after which an episode is given up
 
@@ -40,6 +40,7 @@ class Rollout:
     predicted_return: float  # mean over the decisions
     plan_seconds: np.ndarray  # [decisions] wall time of each planner call
     env_seconds: np.ndarray  # [decisions] wall time waited for each chunk of environment steps
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # means over the decisions
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -52,7 +53,7 @@ def plan_batch(
     carries: Any = None,
     *,
     config: Config,
-) -> tuple[Array, Array, Any]:
+) -> Plan:
     """Plan for a batch of environments in one call.
 
     Args:
@@ -63,7 +64,7 @@ def plan_batch(
         noise_std: [] exploration noise.
         carries: [B, ...] of the previous plans; ignored for an episode's first decision.
 
-    Returns: first chunks [B, C, A], predicted returns [B], carries for the next plans.
+    Returns: plans [B], of whose actions only the first chunks [B, C, A].
     """
 
     def one(observation, key, decision, carry):
@@ -74,7 +75,7 @@ def plan_batch(
         return plan(params, observation, key, config=config, noise_std=noise_std, carry=carry)
 
     plans = jax.vmap(one)(observations, keys, decisions, carries)
-    return plans.actions[:, : config.model.chunk], plans.predicted_return, plans.carry
+    return plans.replace(actions=plans.actions[:, : config.model.chunk])
 
 
 def first_carries(batch: int, config: Config) -> Any:
@@ -159,7 +160,7 @@ def roll_out(
             idle = next(iter(slots))
             places = part + [idle] * (width - len(part))
             batch = [slots.get(index, slots[idle]) for index in places]
-            actions, predicted, carry = plan_batch(
+            plans = plan_batch(
                 params,
                 jax.tree.map(lambda *x: np.stack(x), *[slot.observations[-1] for slot in batch]),
                 jnp.stack([slot.job.key for slot in batch]),
@@ -169,15 +170,18 @@ def roll_out(
                 config=config,
             )
             # To the host: a carry with the parameters' sharding would recompile the call.
-            actions, predicted, carries[group] = jax.device_get((actions, predicted, carry))
+            plans = jax.device_get(plans.replace(mean=None, std=None))
+            carries[group] = plans.carry
             planned = time.perf_counter()
-            chosen = {index: actions[part.index(index)] for index in slots}
+            chosen = {index: plans.actions[part.index(index)] for index in slots}
             pool.send(chosen)
             sent = time.perf_counter()
             for index, slot in slots.items():
                 slot.chunk = chosen[index]
                 slot.decisions += 1
-                slot.predicted += float(predicted[part.index(index)])
+                slot.predicted += float(plans.predicted_return[part.index(index)])
+                for name, values in plans.metrics.items():
+                    slot.metrics[name] += float(values[part.index(index)])
                 slot.plan_seconds.append(planned - start)
                 slot.env_seconds.append(sent - planned)
     return [finished[number] for number in range(len(jobs))]
@@ -220,6 +224,9 @@ class _Slot:
     rewards: list[float] = dataclasses.field(default_factory=list)
     decisions: int = 0
     predicted: float = 0.0
+    metrics: defaultdict[str, float] = dataclasses.field(
+        default_factory=functools.partial(defaultdict, float)
+    )
     plan_seconds: list[float] = dataclasses.field(default_factory=list)
     env_seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -235,6 +242,7 @@ class _Slot:
         return Rollout(
             episode,
             predicted_return=self.predicted / self.decisions,
+            metrics={name: total / self.decisions for name, total in self.metrics.items()},
             plan_seconds=np.array(self.plan_seconds),
             env_seconds=np.array(self.env_seconds),
         )

@@ -14,7 +14,13 @@ from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.planners import cem, diffuser, guided, icem, mbdpo, mppi
 from valdi_jax.planners.base import Planner, Problem, correlated_normal
-from valdi_jax.planners.scoring import TailDraws, draw_tail, over_devices, predicted_return
+from valdi_jax.planners.scoring import (
+    TailDraws,
+    draw_tail,
+    end_value,
+    over_devices,
+    predicted_return,
+)
 from valdi_jax.registry import Registry
 from valdi_jax.types import Array, Params, Plan
 
@@ -133,13 +139,45 @@ def _plan(
     if found_score is None:
         found_score = score(planner.squash(found.sequence)[None], answer_key)[0]
     noise = correlated_normal(explore_key, problem.shape, correlation=settings.correlation)
+    actions = hold(planner.squash(found.sequence + noise_std * noise), settings.action_hold)
     return Plan(
-        actions=hold(planner.squash(found.sequence + noise_std * noise), settings.action_hold),
+        actions=actions,
         predicted_return=found_score,
         mean=hold(found.mean, settings.action_hold),
         std=hold(found.std, settings.action_hold),
         carry=carry,
+        metrics=_compare(params, z, actions, explore_key, config=config),
     )
+
+
+def _compare(
+    params: Params, z: Array, actions: Array, key: Array, *, config: Config
+) -> dict[str, Array]:
+    """How a plan's first chunk stands to a policy prior and an energy, if there are any.
+
+    Its distance from the prior's mean, its logit, and its temporal-difference error, the next
+    latent and the reward imagined (MBDPO's figures 21 and 22).
+    """
+    if not {"policy", "energy"} & params.keys():
+        return {}
+    chunk = actions[: config.model.chunk].reshape(-1)
+    metrics = {}
+    if "policy" in params:
+        prior = model.policy(params, z, jnp.zeros_like(chunk), config=config).mean
+        metrics["plan/drift"] = jnp.abs(chunk - jnp.tanh(prior)).mean()
+    if "energy" in params:
+        metrics["plan/energy"] = model.energy(params, z, chunk, config=config)
+    following = model.imagine_step(params["dynamics"], z, chunk, config=config.model)
+    tail = draw_tail(key, (), config=config)
+    later = config.learn.discount**config.model.chunk * end_value(
+        params, following, tail, config=config
+    )
+    target = model.reward(params, z, chunk, config=config) + later
+    if tail is None:
+        value = model.value(params, z, config=config)
+    else:
+        value = model.q_values(params, z, chunk, config=config)[tail.pair].mean(axis=0)
+    return metrics | {"plan/td_error": jnp.abs(target - value)}
 
 
 def _policy_noise(key: Array, config: Config) -> Array:

@@ -129,6 +129,7 @@ class Reporter:
                 "episode/terminated": rollout.episode.terminated,
                 "episode/seed": rollout.episode.seed,
                 "plan/predicted_return": rollout.predicted_return,
+                **rollout.metrics,
                 "time/plan_ms": 1e3 * float(np.median(rollout.plan_seconds)),
                 "time/plan_s": float(np.sum(rollout.plan_seconds)),
                 "time/env_ms": 1e3 * float(np.median(rollout.env_seconds)),
