@@ -1,0 +1,213 @@
+"""Return and variety of imagined futures against diffusion steps (the paper's Figure 3).
+
+python experiments/steps_sweep.py carracing carracing-mlp --steps 1 2 4 8 --json steps.json
+
+Variety is the distance of two imagined last latents, as the root of their mean squared difference:
+the mean over all pairs of 100 rollouts of one state and plan that differ in their noise, averaged
+over 8 states of the first episode. These and their plans are the agent's own, so the same for every
+number of steps. The paper compares decoded images (LPIPS) instead, on another scale.
+
+Interrupt it, and the same command goes on: results in the JSON are kept. Its header is that of the
+last command that computed something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import evidence
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax import Agent, model
+from valdi_jax.config import Config
+from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.evaluate import evaluate, summary
+from valdi_jax.types import Array, Params
+
+# Read off the paper's plot, by dynamics and steps: returns of its runs (MLP: their mean), LPIPS.
+PAPER = {
+    ("diffusion", 1): ("799, 783", "0.006"),
+    ("diffusion", 2): ("789, 789", "0.025"),
+    ("diffusion", 4): ("782, 779", "0.033"),
+    ("diffusion", 8): ("771, 775", "0.040"),
+    ("mlp", None): ("764", ""),
+}
+
+Row = dict[str, Any]
+
+
+def spread(latents: Array) -> Array:
+    """Mean distance [] of all pairs of latents [N, D]."""
+    count = latents.shape[0]
+    apart = latents[:, None] - latents[None]
+    return jnp.sqrt(jnp.mean(apart**2, axis=-1)).sum() / (count * (count - 1))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rollouts"))
+def variety(
+    params: Params, z: Array, chunks: Array, key: Array, *, config: Config, rollouts: int
+) -> Array:
+    """Mean `spread` [] of imagined last latents, over states z [P, D] and plans [P, H, C * A]."""
+
+    def of_pair(z: Array, chunks: Array, key: Array) -> Array:
+        noise = jax.random.normal(key, (rollouts, config.model.horizon, config.model.latent_dim))
+        imagine = functools.partial(
+            model.imagine, config=config.model, steps=config.planner.diffusion_steps
+        )
+        imagined = jax.vmap(imagine, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
+        return spread(imagined[:, -1])
+
+    return jnp.mean(jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0])))
+
+
+def states_and_plans(agent: Agent, count: int) -> tuple[Array, Array]:
+    """Latents [P, D] at decisions spread over the first episode, and plans [P, H, C * A] there."""
+    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
+    decisions = len(driven.plan_seconds)
+    at = np.linspace(0, decisions - 1, count).round().astype(int)
+    observations = jax.tree.map(lambda x: x[at], driven.episode.observations)
+    z = model.encode(agent.params, observations, config=agent.config)
+    chunks = agent.plan(observations).actions.reshape(count, agent.config.model.horizon, -1)
+    return z, chunks
+
+
+def measure(agent: Agent, steps: int | None, episodes: int, pairs: Any, rollouts: int) -> Row:
+    """Return, time and variety with a number of diffusion steps; without any, nothing varies."""
+    config, different = agent.config, 0.0
+    if steps is not None:
+        agent.config = config.replace(planner={"diffusion_steps": steps})
+        different = float(
+            variety(
+                agent.params,
+                *pairs,
+                jax.random.key(0),
+                config=agent.config.graph,
+                rollouts=rollouts,
+            )
+        )
+    scored = agent.evaluate(episodes=episodes)
+    agent.config = config
+    numbers = summary([result.episode.episode_return for result in scored])
+    plan_ms = 1000 * np.median(np.concatenate([result.plan_seconds for result in scored]))
+    return {
+        "mean": numbers["mean"],
+        "standard_error": numbers["standard_error"],
+        "plan_ms": float(plan_ms),
+        "variety": different,
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a row an agent and number of steps, the paper's numbers on CarRacing beside."""
+    lines = [
+        "| agent | steps | return | plan ms | variety | paper, CarRacing: return | LPIPS |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        score = f"{r['mean']:.0f}"
+        if r["standard_error"] is not None:
+            score += f" ± {r['standard_error']:.0f}"
+        steps = "" if r["steps"] is None else r["steps"]
+        paper = " | ".join(PAPER.get((r["dynamics"], r["steps"]), ("", "")))
+        measured = f"{score} | {r['plan_ms']:.1f} | {r['variety']:.4f}"
+        lines.append(f"| {Path(r['agent']).name} | {steps} | {measured} | {paper} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], out: Path) -> None:
+    """Return and variety over steps, side by side; agents without steps are levels."""
+    import matplotlib.pyplot as plt  # an optional package
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(row["agent"] for row in rows)):
+        own = sorted(
+            (row for row in rows if row["agent"] == name), key=lambda row: row["steps"] or 0
+        )
+        label, color = Path(name).name, f"C{index}"
+        if own[0]["steps"] is None:
+            left.axhline(own[0]["mean"], color=color, linestyle="--", label=label)
+            right.axhline(own[0]["variety"], color=color, linestyle="--")
+            continue
+        steps = [row["steps"] for row in own]
+        errors = [row["standard_error"] or 0.0 for row in own]
+        returns = [row["mean"] for row in own]
+        left.errorbar(steps, returns, errors, color=color, marker="o", capsize=3, label=label)
+        right.plot(steps, [row["variety"] for row in own], color=color, marker="o")
+    ticks = sorted({row["steps"] for row in rows if row["steps"] is not None})
+    for panel, label in ((left, "return"), (right, "variety of imagined last latents")):
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        if ticks:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
+        panel.set_xlabel("diffusion steps")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("agents", nargs="+", metavar="AGENT")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--episodes", type=int, default=100, help="the first of the fixed ones")
+    parser.add_argument("--json", type=Path, help="where results are kept")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="a trial: 1 and 2 steps, short episodes"
+    )
+    arguments = parser.parse_args()
+    pairs, rollouts = 8, 100
+    if arguments.quick:
+        arguments.steps, arguments.episodes, pairs, rollouts = [1, 2], 2, 2, 20
+    kept = arguments.json and arguments.json.exists()
+    rows: list[Row] = json.loads(arguments.json.read_text())["rows"] if kept else []
+    shown = []
+    for name in arguments.agents:
+        agent = Agent.load(name)
+        if "dynamics" not in agent.params:
+            raise SystemExit(f"{name} has no dynamics that imagine latents")
+        if arguments.quick:
+            agent.config = agent.config.replace(env={"max_steps": 60})
+        dynamics = agent.config.model.dynamics
+        generative = DYNAMICS[dynamics].step is None
+        own_pairs = functools.cache(functools.partial(states_and_plans, agent, pairs))
+        for steps in arguments.steps if generative else [None]:
+            settings = {
+                "agent": name,
+                "dynamics": dynamics,
+                "steps": steps,
+                "episodes": arguments.episodes,
+                "max_steps": agent.config.env.max_steps,  # 0 for the environment's own limit
+                "pairs": pairs if generative else 0,
+                "rollouts": rollouts if generative else 0,
+            }
+            row = next((row for row in rows if settings.items() <= row.items()), None)
+            if row is None:
+                chosen = own_pairs() if generative else None
+                row = settings | measure(agent, steps, arguments.episodes, chosen, rollouts)
+                rows.append(row)
+                if arguments.json:
+                    evidence.write(arguments.json, rows, sys.argv)
+            shown.append(row)
+    print(table(shown))
+    if arguments.figure and importlib.util.find_spec("matplotlib"):
+        draw(shown, arguments.figure)
+    elif arguments.figure:
+        print("no figure: matplotlib is not installed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

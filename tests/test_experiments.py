@@ -1,0 +1,171 @@
+"""The scripts of the paper's Figure 3 and Table 1: what they compute, keep and write."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from valdi_jax import Agent
+from valdi_jax.data.source import evaluation_jobs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import an experiment as it is imported when started: its folder leads the path."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    return importlib.import_module
+
+
+def start(name, *arguments, cwd):
+    command = [sys.executable, ROOT / "experiments" / name, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(path, name):
+    """The rows of a file of results; its header must say what made them."""
+    data = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity
+    assert set(data) == {"command", "commit", "versions", "cpu", "device", "rows"}
+    assert data["command"].startswith(f"python experiments/{name} pendulum --quick")
+    assert set(data["versions"]) == {"python", "jax", "jaxlib", "flax", "numpy", "valdi_jax"}
+    return data["rows"]
+
+
+def test_the_sweep_of_steps_is_written_drawn_and_computed_once(tmp_path):
+    name, path = "steps_sweep.py", tmp_path / "steps.json"
+    options = ["pendulum", "--quick", "--json", "steps.json", "--figure", "steps.png"]
+    first = start(name, *options, cwd=tmp_path)
+    rows = read(path, name)
+    assert [(row["agent"], row["steps"], row["episodes"]) for row in rows] == [
+        ("pendulum", 1, 2),
+        ("pendulum", 2, 2),
+    ]
+    for row in rows:
+        assert -2000 < row["mean"] < 0 < row["standard_error"]
+        assert row["plan_ms"] > 0
+        assert 0 < row["variety"] < 10
+    assert rows[0]["variety"] != rows[1]["variety"]
+    assert "| pendulum | 2 | " in first
+    figure = tmp_path / "steps.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    figure.unlink()
+    written = path.stat().st_mtime_ns
+    assert start(name, *options, cwd=tmp_path) == first  # times a plan included
+    assert path.stat().st_mtime_ns == written
+    assert figure.exists()
+
+
+def test_value_diagnostics_are_written_for_every_step_of_the_plan(tmp_path):
+    name = "value_diagnostics.py"
+    printed = start(name, "pendulum", "--quick", "--json", "values.json", cwd=tmp_path)
+    (row,) = read(tmp_path / "values.json", name)
+    assert [cell["h"] for cell in row["td"]] == [0, 1, 2, 3, 4]
+    assert [cell["count"] for cell in row["td"]] == [8] * 5
+    assert [cell["h"] for cell in row["drift"]] == [1, 2, 3, 4, 5]
+    assert [cell["count"] for cell in row["drift"]] == [29, 28, 27, 26, 25]  # of 60 / 2 decisions
+    for cell in row["td"] + row["drift"]:
+        assert np.isfinite(cell["mean"])
+        assert cell["standard_error"] > 0
+    assert printed.count("\n| pendulum | ") == 2
+    assert "| paper, CarRacing: MLP | -0.62 | " in printed
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path):
+    sweep = script("steps_sweep")
+    path, calls = tmp_path / "steps.json", []
+
+    def measure(agent, steps, episodes, pairs, rollouts):
+        calls.append((steps, episodes, pairs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"mean": 1.0, "standard_error": None, "plan_ms": 2.0, "variety": 0.5}
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr(sweep, "states_and_plans", lambda agent, count: f"{count} pairs")
+    command = ["steps_sweep.py", "pendulum", "lunarlander", "--steps", "1", "4", "--json"]
+    monkeypatch.setattr(sys, "argv", [*command, str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main()
+    assert [row["steps"] for row in json.loads(path.read_text())["rows"]] == [1]
+    sweep.main()
+    once = [(1, 100, "8 pairs"), (4, 100, "8 pairs"), (4, 100, "8 pairs"), (None, 100, None)]
+    assert calls == once  # one step more than once: it was interrupted; an MLP takes no steps
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--episodes", "3"])
+    sweep.main()
+    assert [episodes for _, episodes, _ in calls[4:]] == [3, 3, 3]
+    assert len(json.loads(path.read_text())["rows"]) == 6
+
+
+def test_the_spread_is_the_mean_distance_of_pairs(script):
+    latents = jnp.array([[0.0, 0.0], [6.0, 8.0], [0.0, 8.0]])  # distances 10, 8 and 6
+    np.testing.assert_allclose(script("steps_sweep").spread(latents), 8 / np.sqrt(2), rtol=1e-6)
+
+
+def test_td_errors_are_those_of_given_heads(script):
+    trajectory = jnp.array([[1.0, 0.0], [2.0, 1.0], [4.0, 3.0]])
+    chunks = jnp.array([[0.5], [-1.0]])
+    errors = script("value_diagnostics").td_errors(
+        lambda z, a: z[:, 1] + 10 * a[:, 0], lambda z: 100 * z[:, 0], trajectory, chunks, 0.5
+    )
+    # 5 + 0.5 * 200 - 100, then 1 - 10 + 0.5 * 400 - 200
+    np.testing.assert_allclose(errors, [5.0, -9.0])
+
+
+def test_drift_compares_what_came_with_what_was_imagined_for_then(script):
+    values = np.array([[10, 1, 2], [20, 3, 4], [40, 5, 6], [80, 7, 8]])
+    one, two = script("value_diagnostics").drifts(values)
+    np.testing.assert_array_equal(one, [20 - 1, 40 - 3, 80 - 5])
+    np.testing.assert_array_equal(two, [40 - 2, 80 - 4])
+    assert [len(rest) for rest in script("value_diagnostics").drifts(values[:1])] == [0, 0]
+
+
+def test_a_decision_sees_what_the_chunk_before_led_to(script, monkeypatch):
+    diagnostics = script("value_diagnostics")
+    config = Agent.load("pendulum").config.replace(model={"chunk": 3})
+
+    def decide(params, observation, keys, decision, carry, *, config):
+        return np.full((3, 1), 0.5), carry, observation.vector, np.full(2, decision)
+
+    monkeypatch.setattr(diagnostics, "decide", decide)
+    agent = SimpleNamespace(
+        params={}, config=config, make_env=lambda: gym.make("Pendulum-v1", max_episode_steps=14)
+    )
+    jobs = evaluation_jobs(2)
+    values, errors = diagnostics.drive(agent, jobs, 4)
+    env = agent.make_env()
+    for job, seen in zip(jobs, values, strict=True):
+        expected = [env.reset(seed=job.seed)[0]]
+        expected += [env.step(np.float32([1.0]))[0] for _ in range(11)]  # 0.5 of the bound 2
+        np.testing.assert_array_equal(seen, expected[::3])
+    np.testing.assert_array_equal(errors[1], [[0, 0], [1, 1], [2, 2], [3, 3]])
+    (ended, _), _ = diagnostics.drive(agent, jobs, 99)
+    assert len(ended) == 5  # 14 steps
+
+
+def test_states_are_spread_over_all_episodes(script):
+    spread_over = script("value_diagnostics").spread_over
+    episodes = [np.arange(4), np.arange(10, 13)]
+    few = spread_over(episodes, 3)
+    assert [x.tolist() for x in few] == [[0, 3], [12]]
+    assert [x.tolist() for x in spread_over(episodes, 99)] == [[0, 1, 2, 3], [10, 11, 12]]
+
+
+def test_variety_is_of_the_noise_alone(script):
+    sweep, agent = script("steps_sweep"), Agent.load("lunarlander")
+    sizes = agent.config.model
+    z = jnp.zeros((1, sizes.latent_dim))
+    chunks = jnp.zeros((1, sizes.horizon, sizes.chunk * sizes.action_dim))
+    config, key = agent.config.graph, jax.random.key(0)
+    apart = sweep.variety(agent.params, z, chunks, key, config=config, rollouts=3)
+    assert float(apart) == 0, "an MLP imagines one future"
