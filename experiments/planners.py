@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from valdi_jax import Agent
-from valdi_jax.config import MBDPOConfig, PlannerConfig
+from valdi_jax.config import MBDPOConfig, PlannerConfig, validate
 from valdi_jax.evaluate import summary
 from valdi_jax.planners import PLANNERS
 from valdi_jax.planners.base import Problem
@@ -28,14 +28,15 @@ from valdi_jax.planners.base import Problem
 SHAPE = (10, 2)
 ITERATIONS = {"cem": 4, "icem": 4, "mppi": 4, "mbdpo": 7}
 KINDS = (*ITERATIONS, "guided")
-TIMESTEPS = 20  # of a prior
 
 
-def settings(kind: str, evaluations: int, base: PlannerConfig, guide: dict) -> PlannerConfig:
+def settings(
+    kind: str, evaluations: int, base: PlannerConfig, guide: dict, timesteps: int = 0
+) -> PlannerConfig:
     """A planner that scores about so many sequences, or applies its prior to so many plans."""
     if kind == "guided":
         sampling = dataclasses.replace(base.diffuser, **guide)
-        passes = sampling.warm_start or TIMESTEPS
+        passes = sampling.warm_start or timesteps
         passes *= 1 + (sampling.guide_steps if sampling.scale else 0)
         candidates = max(evaluations // passes, 1)
         return dataclasses.replace(base, kind=kind, candidates=candidates, diffuser=sampling)
@@ -114,9 +115,12 @@ def on_agents(
     for name in agents:
         for kind in kinds:
             agent = Agent.load(name)
-            agent.config = dataclasses.replace(
-                agent.config, planner=settings(kind, evaluations, agent.config.planner, guide)
+            planner = settings(
+                *(kind, evaluations, agent.config.planner, guide),
+                timesteps=agent.config.model.prior.timesteps,
             )
+            agent.config = dataclasses.replace(agent.config, planner=planner)
+            validate(agent.config)
             start = time.monotonic()
             scored = agent.evaluate(episodes=episodes)
             numbers = summary([result.episode.episode_return for result in scored])
@@ -165,6 +169,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
     kinds, evaluations = arguments.planners, arguments.evaluations
+    if "guided" in kinds and not arguments.agents:
+        parser.error("guided samples from an agent's prior: give --agents")
     if arguments.agents:
         names = ("scale", "guide_steps", "guide_stop", "through", "warm_start")
         guide = {name: getattr(arguments, name) for name in names}

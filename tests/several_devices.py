@@ -35,10 +35,10 @@ def losses_agree_with_one_device():
 
 def devices_share_the_candidates_of_a_plan():
     params = init_state(jax.random.key(0), EXAMPLE, config=CONFIG).params
-    keys = jax.random.split(jax.random.key(1), 1)
-    observations = jax.tree.map(lambda x: x[None], EXAMPLE)
+    keys = jax.random.split(jax.random.key(1), 2)
+    observations = jax.tree.map(lambda x: np.stack([x] * 2), EXAMPLE)
     settings = {"config": CONFIG.graph}
-    one = (params, observations, keys, np.zeros(1, np.int32), np.float32(0.1))
+    one = (params, observations, keys, np.zeros(2, np.int32), np.float32(0.1))
     alone = plan_batch.lower(*one, **settings).compile()
     automatic = Mesh(np.array(jax.devices()), ("devices",))  # as in training
     for mesh in (automatic, jax.make_mesh((8,), ("devices",))):  # with explicit axes

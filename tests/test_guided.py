@@ -63,9 +63,12 @@ def test_a_prior_learns_and_leaves_the_world_model_as_it_is(trained, tmp_path):
 
 
 def test_an_agent_gets_a_prior_later_and_only_this_learns(tmp_path):
-    """On recorded episodes: the quickest way from a packaged agent to a guided planner."""
-    agent, _ = run(tmp_path / "agent", 3)
-    config = WITH_PRIOR.replace(learn={"terms": ("prior",)}, collect={"episodes": 4})
+    """What others are built on stays, the normaliser too."""
+    normalized = CONFIG.replace(model={"normalize": True})
+    agent, _ = run(tmp_path / "agent", 3, config=normalized)
+    config = WITH_PRIOR.replace(
+        model={"normalize": True}, learn={"terms": ("prior",)}, collect={"episodes": 4}
+    )
     output = io.StringIO()
     state = train(
         config,
@@ -196,7 +199,7 @@ def test_a_goal_is_the_last_latent():
     assert np.any(plans[0, 0, size:] != goal)
 
 
-def test_diffuser_starts_warm_too():
+def test_diffuser_starts_warm_too(monkeypatch):
     config = default_config("pendulum", "diffuser").replace(
         model={
             "networks": ("unet",),
@@ -209,12 +212,25 @@ def test_diffuser_starts_warm_too():
         learn={"terms": ("plan",)},
     )
     validate(config)
+    alpha_bars = jnp.asarray(cosine_posterior(4).alpha_bars)
+
+    def of_standard_normal(params, plans, timesteps, *, config):
+        return jnp.sqrt(alpha_bars)[timesteps][:, None, None] * plans
+
+    monkeypatch.setattr(model, "denoise_plans", of_standard_normal)
     obs = Observation(vector=jnp.array([0.1, 0.2, 0.3]))
     params = model.init_params(jax.random.key(0), obs, config=config)
+    scaled = {"center": jnp.full(1, 0.4), "scale": jnp.full(1, 0.1)}
+    params["scalers"] |= {"actions": params["scalers"]["actions"] | scaled}
     first = plan(params, obs, jax.random.key(1), config=config)
     warm = plan(params, obs, jax.random.key(2), config=config, carry=first.carry)
-    assert int(warm.carry.step) == 2
-    assert np.any(warm.actions != plan(params, obs, jax.random.key(2), config=config).actions)
+    fresh = plan(params, obs, jax.random.key(2), config=config)
+    assert (int(first.carry.step), int(warm.carry.step)) == (1, 2)
+
+    def distance(other):
+        return float(jnp.abs(other.mean[:-1] - first.mean[1:]).mean())
+
+    assert distance(warm) < 0.7 * distance(fresh)
     np.testing.assert_allclose(warm.carry.rows[0, 1:], obs.vector, atol=1e-6)
 
 
@@ -223,7 +239,10 @@ def test_diffuser_starts_warm_too():
     [
         (CONFIG.replace(planner={"kind": "guided"}), "guided needs --model.networks prior"),
         (CONFIG.replace(model={"networks": ("prior",)}), "give --learn.terms prior too"),
-        (guided(warm_start=5), "at most the timesteps of the schedule"),
+        (guided(warm_start=5), "at most --model.prior.timesteps"),
+        (guided(warm_start=2, guide_stop=2), "the last 2 timesteps have no guidance"),
+        (guided().replace(planner={"precision": "bfloat16"}), "guided samples in float32"),
+        (CONFIG.replace(model={"prior": PriorConfig(goal=1)}), "goal needs --model.networks"),
     ],
 )
 def test_what_does_not_fit_is_refused(config, message):

@@ -301,7 +301,7 @@ class PlannerConfig:
     CEM's candidates."""
     warm_start: bool = False
     """CEM: start the search at the previous plan's mean, shifted by the executed chunk, instead of
-    at zero. The other planners always do."""
+    at zero. The other searches always do; guided and diffuser: --planner.diffuser.warm-start."""
     shared_noise: bool = False
     """Start all candidates of a plan from one noise draw instead of one each."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -662,7 +662,7 @@ def validate(config: Config) -> None:
         "must be a multiple of 8, the size of a simplex",
     )
     require(
-        planner.policy_candidates < planner.candidates,
+        planner.policy_candidates < planner.candidates or planner.kind == "guided",
         *("--planner.policy-candidates", planner.policy_candidates),
         f"must be below --planner.candidates ({planner.candidates})",
     )
@@ -697,16 +697,29 @@ def validate(config: Config) -> None:
 def _validate_sampling(config: Config) -> None:
     """As `validate`, for the planner that samples from the network prior."""
     model, planner = config.model, config.planner
-    if planner.kind == "guided" and "prior" not in model.networks:
+    if model.prior.goal and "prior" not in model.networks:
+        raise UsageError("--model.prior.goal needs --model.networks prior")
+    if planner.kind != "guided":
+        return
+    if "prior" not in model.networks:
         raise UsageError("--planner.kind guided needs --model.networks prior")
-    _validate_warm_start(planner.diffuser.warm_start, model.prior.timesteps)
+    if planner.precision != "float32":
+        raise UsageError("--planner.precision is for searches: guided samples in float32")
+    _validate_warm_start(config, "--model.prior.timesteps", model.prior.timesteps, guided=True)
 
 
-def _validate_warm_start(steps: int, timesteps: int) -> None:
+def _validate_warm_start(config: Config, option: str, timesteps: int, *, guided: bool) -> None:
+    settings = config.planner.diffuser
+    steps = settings.warm_start
     if steps > timesteps:
         raise UsageError(
-            f"--planner.diffuser.warm-start is {steps}; it must be at most the timesteps of the "
-            f"schedule ({timesteps})"
+            f"--planner.diffuser.warm-start is {steps}; it must be at most {option} ({timesteps})"
+        )
+    guided = guided and bool(settings.scale and settings.guide_steps)
+    if guided and 0 < steps <= settings.guide_stop:
+        raise UsageError(
+            f"--planner.diffuser.warm-start is {steps}; the last {settings.guide_stop} timesteps "
+            "have no guidance: give more of them, or a lower --planner.diffuser.guide-stop"
         )
 
 
@@ -727,7 +740,8 @@ def _validate_plans(config: Config) -> None:
         raise UsageError("--model.networks unet needs --planner.kind diffuser")
     if config.model.chunk != 1:
         raise UsageError(f"--model.chunk is {config.model.chunk}; Diffuser plans single steps: 1")
-    _validate_warm_start(config.planner.diffuser.warm_start, unet.timesteps)
+    guided = "plan_value" in config.model.networks
+    _validate_warm_start(config, "--model.unet.timesteps", unet.timesteps, guided=guided)
     halvings = 2 ** (len(unet.multipliers) - 1)
     if rows % halvings:
         raise UsageError(

@@ -45,7 +45,7 @@ class Arguments:
     """Run directory to resume from its last checkpoint."""
     init_from: Annotated[Path | None, tyro.conf.arg(metavar="AGENT")] = None
     """Start a new run from the parameters of a run, a checkpoint, an exported agent or a bundled
-    one; without --preset, with its settings as well."""
+    one; without --preset, with its settings as well. Networks that it lacks start untrained."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
     """Modules to import first, which register environments with Gymnasium."""
     log: tuple[Literal["wandb"], ...] = ()

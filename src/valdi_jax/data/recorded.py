@@ -37,6 +37,8 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
 def environment_of(name: str) -> str | None:
     """The environment of ``--data KIND:ID``, as ``--env`` takes it; None if it names none.
 
+    Its name alone: other options of the environment are the preset's.
+
     Raises:
         UsageError: if there is no such data.
     """

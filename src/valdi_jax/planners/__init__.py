@@ -13,11 +13,11 @@ from valdi_jax.config import Config
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.planners import cem, diffuser, guided, icem, mbdpo, mppi
-from valdi_jax.planners.base import Planner, Problem, correlated_normal
+from valdi_jax.planners.base import Planner, Problem, correlated_normal, hold
 from valdi_jax.planners.scoring import (
     TailDraws,
+    compare,
     draw_tail,
-    end_value,
     over_devices,
     predicted_return,
 )
@@ -55,8 +55,8 @@ def plan(
 ) -> Plan:
     """Plan from one observation in one compiled call; pure, so it can be vmapped.
 
-    Within ``jax.set_mesh(mesh)`` the mesh's devices share the candidates if these split evenly; the
-    parameters, the observation and the key must then be on all of them.
+    Within ``jax.set_mesh(mesh)`` the mesh's devices share the candidates of a search if these split
+    evenly; the parameters, the observation and the key must then be on all of them.
 
     Args:
         params: parameters of all networks, as in ``AgentState.params``.
@@ -146,38 +146,8 @@ def _plan(
         mean=hold(found.mean, settings.action_hold),
         std=hold(found.std, settings.action_hold),
         carry=carry,
-        metrics=_compare(params, z, actions, explore_key, config=config),
+        metrics=compare(params, z, actions, jax.random.fold_in(explore_key, 1), config=config),
     )
-
-
-def _compare(
-    params: Params, z: Array, actions: Array, key: Array, *, config: Config
-) -> dict[str, Array]:
-    """How a plan's first chunk stands to a policy prior and an energy, if there are any.
-
-    Its distance from the prior's mean, its logit, and its temporal-difference error, the next
-    latent and the reward imagined (MBDPO's figures 21 and 22).
-    """
-    if not {"policy", "energy"} & params.keys():
-        return {}
-    chunk = actions[: config.model.chunk].reshape(-1)
-    metrics = {}
-    if "policy" in params:
-        prior = model.policy(params, z, jnp.zeros_like(chunk), config=config).mean
-        metrics["plan/drift"] = jnp.abs(chunk - jnp.tanh(prior)).mean()
-    if "energy" in params:
-        metrics["plan/energy"] = model.energy(params, z, chunk, config=config)
-    following = model.imagine_step(params["dynamics"], z, chunk, config=config.model)
-    tail = draw_tail(key, (), config=config)
-    later = config.learn.discount**config.model.chunk * end_value(
-        params, following, tail, config=config
-    )
-    target = model.reward(params, z, chunk, config=config) + later
-    if tail is None:
-        value = model.value(params, z, config=config)
-    else:
-        value = model.q_values(params, z, chunk, config=config)[tail.pair].mean(axis=0)
-    return metrics | {"plan/td_error": jnp.abs(target - value)}
 
 
 def _policy_noise(key: Array, config: Config) -> Array:
@@ -232,8 +202,3 @@ def _check_arguments(params: Any, obs: Any, key: Any, noise_std: Any) -> None:
         raise UsageError("key is not a PRNG key: give jax.random.key(seed)")
     if jnp.ndim(noise_std):
         raise UsageError(f"noise_std has the shape {jnp.shape(noise_std)}: give one number")
-
-
-def hold(sequences: Array, steps: int) -> Array:
-    """Repeat each action of sequences [..., S, A] ``steps`` times: [..., S * steps, A]."""
-    return jnp.repeat(sequences, steps, axis=-2)

@@ -46,7 +46,7 @@ class Planner(NamedTuple):
         search: (problem, carry, key, *, config) -> `Found`, and the next carry.
         squash: maps the search space to actions in [-1, 1], after exploration noise is added.
         plan: (params, observation, key, noise_std, carry, *, config) -> `Plan`, of a planner that
-            is its own model and searches nothing; here, and in its init, ``config`` is the whole.
+            samples plans instead of searching; here, and in its init, ``config`` is the whole.
     """
 
     init: Callable[..., Any]
@@ -95,3 +95,8 @@ def mix(key: Array, shape: tuple[int, ...], matrix: np.ndarray) -> Array:
     """Normal noise [..., S, A] whose covariance along S is M M^T, for a matrix M [S, any]."""
     noise = jax.random.normal(key, (*shape[:-2], matrix.shape[1], shape[-1]))
     return jnp.einsum("st,...ta->...sa", jnp.asarray(matrix, jnp.float32), noise)
+
+
+def hold(sequences: Array, steps: int) -> Array:
+    """Repeat each action of sequences [..., S, A] ``steps`` times: [..., S * steps, A]."""
+    return jnp.repeat(sequences, steps, axis=-2)

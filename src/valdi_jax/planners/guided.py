@@ -17,9 +17,9 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample
 from valdi_jax.observation import Observation
-from valdi_jax.planners.base import Planner, clip, correlated_normal, no_nan
+from valdi_jax.planners.base import Planner, clip, correlated_normal, hold, no_nan
 from valdi_jax.planners.sampling import Carry, follow, no_plan, once, start
-from valdi_jax.planners.scoring import draw_tail, predicted_return, trajectory_return
+from valdi_jax.planners.scoring import compare, draw_tail, predicted_return, trajectory_return
 from valdi_jax.types import Array, Params, Plan
 
 
@@ -41,7 +41,7 @@ def plan(
 ) -> Plan:
     """The best of N sampled plans by `predicted_return`."""
     settings = config.planner
-    sample_key, score_key, tail_key, explore_key = jax.random.split(key, 4)
+    sample_key, score_key, tail_key, explore_key, compare_key = jax.random.split(key, 5)
     z = model.encode(params, obs, config=config)
     goal = goal_latent(params, obs, config=config)
     fresh = functools.partial(sample_plans, rows=None, config=config)
@@ -59,15 +59,17 @@ def plan(
     returns = predicted_return(params, z, chunks, noise, config=config, steps=steps, tail=tail)
     best = jnp.argmax(no_nan(returns))
     actions = chunks.reshape(-1, *config.plan_shape)
-    explore = correlated_normal(explore_key, config.plan_shape, correlation=settings.correlation)
+    explore = correlated_normal(explore_key, config.search_shape, correlation=settings.correlation)
+    taken = clip(actions[best] + noise_std * hold(explore, settings.action_hold))
     if settings.diffuser.warm_start:
         carry = Carry(carry.step + 1, plans[best], returns[best])
     return Plan(
-        actions=clip(actions[best] + noise_std * explore),
+        actions=taken,
         predicted_return=returns[best],
         mean=actions[best],
         std=actions.std(axis=0),
         carry=carry,
+        metrics=compare(params, z, taken, compare_key, config=config),
     )
 
 

@@ -111,3 +111,33 @@ def over_devices(score: Callable[..., Array]) -> Callable[..., Array]:
 
     # For any kind of mesh axes, the compiler derives the remaining layout.
     return jax.sharding.auto_axes(spread, out_sharding=PartitionSpec())
+
+
+def compare(
+    params: Params, z: Array, actions: Array, key: Array, *, config: Config
+) -> dict[str, Array]:
+    """How a plan's first chunk stands to a policy prior and an energy, if there are any.
+
+    Its distance from the prior's mean, its logit, and its temporal-difference error, the next
+    latent and the reward imagined (MBDPO's figures 21 and 22).
+    """
+    if not {"policy", "energy"} & params.keys():
+        return {}
+    chunk = actions[: config.model.chunk].reshape(-1)
+    metrics = {}
+    if "policy" in params:
+        prior = model.policy(params, z, jnp.zeros_like(chunk), config=config).mean
+        metrics["plan/drift"] = jnp.abs(chunk - jnp.tanh(prior)).mean()
+    if "energy" in params:
+        metrics["plan/energy"] = model.energy(params, z, chunk, config=config)
+    following = model.imagine_step(params["dynamics"], z, chunk, config=config.model)
+    tail = draw_tail(key, (), config=config)
+    later = config.learn.discount**config.model.chunk * end_value(
+        params, following, tail, config=config
+    )
+    target = model.reward(params, z, chunk, config=config) + later
+    if tail is None:
+        value = model.value(params, z, config=config)
+    else:
+        value = model.q_values(params, z, chunk, config=config)[tail.pair].mean(axis=0)
+    return metrics | {"plan/td_error": jnp.abs(target - value)}

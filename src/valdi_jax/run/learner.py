@@ -102,7 +102,9 @@ class Learner:
     def add(self, episode: Episode) -> None:
         """Add a new episode."""
         self.restore(episode)
-        self.state = observe(self.state, episode.observations.vector)
+        # An encoder that does not learn could not follow its normaliser.
+        if any("encoder" in TERMS[name].trains for name in self._config.learn.terms):
+            self.state = observe(self.state, episode.observations.vector)
 
     def restore(self, episode: Episode) -> None:
         """Add an episode that the normaliser has already seen."""

@@ -29,6 +29,7 @@ from valdi_jax.data.source import SOURCES, Interrupt, Progress, Source
 from valdi_jax.data.store import store_shapes
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
+from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
 from valdi_jax.run.reporter import Reporter
@@ -130,7 +131,8 @@ def train(
             learner.restore(episode)
         saver = Saver(lock, run_dir, config, learner, progress, recovered, say=reporter.say)
         if (devices := jax.device_count()) > 1:
-            planning = 1 if config.collect.overlap else devices
+            samples = PLANNERS[config.planner.kind].plan is not None
+            planning = 1 if config.collect.overlap or samples else devices
             reporter.say(f"planning on {planning} devices, learning on {learner.devices}")
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
@@ -343,8 +345,13 @@ def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
     """Report the time of a decision if it is high on this CPU."""
     config = source.config
     planner = config.planner
-    iterations = planner.mbdpo.steps - 1 if planner.kind == "mbdpo" else planner.iterations
-    costly = planner.candidates * iterations >= 2000
+    guide = 1 + planner.diffuser.guide_steps
+    passes = {
+        "mbdpo": planner.mbdpo.steps - 1,
+        "guided": config.model.prior.timesteps * guide,
+        "diffuser": config.model.unet.timesteps * guide,
+    }
+    costly = planner.candidates * passes.get(planner.kind, planner.iterations) >= 2000
     if not costly or jax.default_backend() != "cpu":
         return
     size = config.collect.num_envs
