@@ -12,7 +12,7 @@ ORDER = [
     *("errors", "registry", "observation", "config", "presets", "types", "diffusion"),
     *("networks", "networks.layers", "networks.normalizer", "networks.encoder"),
     *("networks.transformer", "networks.heads", "networks.twohot", "networks.tdmpc2"),
-    *("networks.scaler", "networks.unet"),
+    *("networks.scaler", "networks.unet", "networks.decoder"),
     *("dynamics.base", "dynamics.diffusion", "dynamics.flow", "dynamics.mlp", "dynamics.simplex"),
     *("dynamics", "model"),
     *("planners.base", "planners.cem", "planners.icem", "planners.mbdpo", "planners.mppi"),
