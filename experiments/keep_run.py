@@ -2,7 +2,7 @@
 
 python experiments/keep_run.py RUN experiments/curves/NAME
 
-learning_curves.py takes the result in place of the run.
+training_curves.py takes the result in place of the run.
 """
 
 from __future__ import annotations

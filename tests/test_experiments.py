@@ -169,3 +169,12 @@ def test_variety_is_of_the_noise_alone(script):
     config, key = agent.config.graph, jax.random.key(0)
     apart = sweep.variety(agent.params, z, chunks, key, config=config, rollouts=3)
     assert float(apart) == 0, "an MLP imagines one future"
+
+
+def test_the_band_of_training_curves_covers_what_runs_differ_by(script):
+    interval = script("training_curves").interval
+    same = np.tile(np.array([1.0, 5.0]), (3, 1))
+    np.testing.assert_array_equal(interval(same), same[:2])
+    low, high = interval(np.array([[0.0, 3.0], [1.0, 3.0], [2.0, 3.0]]))
+    np.testing.assert_allclose([low[0], high[0]], [0, 2], atol=0.35)
+    np.testing.assert_array_equal([low[1], high[1]], [3, 3])

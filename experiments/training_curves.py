@@ -1,9 +1,9 @@
-"""Training returns of several runs side by side (the paper's Figure 4, left), or another metric.
+"""Training returns of runs by episode, step and hour (the paper's Figure 4), or another metric.
 
-python experiments/learning_curves.py diffusion=runs/a,runs/b,runs/c mlp=runs/d --out curves.png
+python experiments/training_curves.py diffusion=runs/a,runs/b,runs/c mlp=runs/d --out curves.png
 
-Runs joined by commas differ in their seeds; their mean is drawn, with the range from lowest to
-highest.
+Runs joined by commas differ in their seeds; their mean is drawn, with its 95% bootstrap interval
+over runs. A curve ends with its shortest run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from valdi_jax.run.log import read_jsonl
+
+AXES = ("episodes", "environment steps", "hours")
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -32,11 +34,20 @@ def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.nd
         raise SystemExit(f"{directory} holds no episodes with {metric}")
     hold = json.loads((directory / "config.json").read_text())["env"]["action_repeat"]
     axes = {
+        "episodes": np.array([record["episode"] + 1 for record in records]),
         "environment steps": hold * np.array([record["total/env_steps"] for record in records]),
-        "minutes": np.array([record["time/seconds"] for record in records]) / 60,
+        "hours": np.array([record["time/seconds"] for record in records]) / 3600,
     }
     values = np.array([record[metric] for record in records])
     return axes, moving_average(values, window)
+
+
+def interval(curves: np.ndarray, samples: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95% bootstrap interval of the mean of curves [runs, points], over runs."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(curves), size=(samples, len(curves)))
+    low, high = np.quantile(curves[drawn].mean(axis=1), [0.025, 0.975], axis=0)
+    return low, high
 
 
 def main() -> None:
@@ -45,24 +56,24 @@ def main() -> None:
     parser.add_argument("--metric", default="episode/return", help="of metrics.jsonl")
     parser.add_argument("--window", type=int, default=20, help="episodes of the moving average")
     parser.add_argument("--level", type=float, help="value to draw a line at")
-    parser.add_argument("--out", type=Path, default=Path("learning_curves.png"))
+    parser.add_argument("--out", type=Path, default=Path("training_curves.png"))
     arguments = parser.parse_args()
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     for argument in arguments.runs:
         label, _, directories = argument.partition("=")
         runs = [
             read_run(Path(name), arguments.metric, arguments.window)
             for name in directories.split(",")
         ]
-        for panel, name in zip(panels, ("environment steps", "minutes"), strict=True):
+        for panel, name in zip(panels, AXES, strict=True):
             # A common axis, up to the end of the shortest run.
             start = max(axes[name][0] for axes, _ in runs)
             x = np.linspace(start, min(axes[name][-1] for axes, _ in runs), 200)
             curves = np.stack([np.interp(x, axes[name], values) for axes, values in runs])
             (line,) = panel.plot(x, curves.mean(axis=0), label=label)
             if len(runs) > 1:
-                low, high = curves.min(axis=0), curves.max(axis=0)
+                low, high = interval(curves)
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             panel.set_xlabel(name)
     named = {"episode/return": "training return", "memory/host_gb": "resident memory, GB"}
