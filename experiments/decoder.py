@@ -134,16 +134,16 @@ def squared_errors(params, z, images, *, decoder: Decoder) -> jax.Array:
     return jnp.square(difference).mean(axis=(-3, -2, -1))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "learning_rate"))
-def update(params, optimizer, z, images, *, decoder: Decoder, learning_rate: float):
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def update(params, optimizer, z, images, learning_rate, *, decoder: Decoder):
     """One step of Adam: parameters, its state, and the loss before it."""
 
     def loss(params):
         return squared_errors(params, z, images, decoder=decoder).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
-    change, optimizer = optax.adam(learning_rate).update(gradient, optimizer)
-    return optax.apply_updates(params, change), optimizer, value
+    change, optimizer = optax.scale_by_adam().update(gradient, optimizer)
+    return optax.apply_updates(params, optax.tree.scale(-learning_rate, change)), optimizer, value
 
 
 _errors = jax.jit(squared_errors, static_argnames=("decoder",))
@@ -177,7 +177,7 @@ def fit(
     on_update: Callable[[], None] = lambda: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train a decoder.
+    """Train a decoder with Adam; the learning rate falls to 0 as a cosine.
 
     ``on_update`` is called before every update. If it raises `cli.Interrupted`, the epoch ends
     there and is the last; without an update in it, it does not count.
@@ -185,7 +185,10 @@ def fit(
     Returns: the parameters, and the last epoch's record; it is empty if there was no update.
     """
     rng = np.random.default_rng(seed)
-    optimizer = optax.adam(learning_rate).init(params)
+    optimizer = optax.scale_by_adam().init(params)
+    falling = optax.cosine_decay_schedule(
+        learning_rate, max(epochs * (len(training.images) // batch_size), 1)
+    )
     start, updates, stopped = time.monotonic(), 0, False
     record: dict[str, Any] = {}
     for epoch in range(1, epochs + 1):
@@ -200,8 +203,8 @@ def fit(
                     optimizer,
                     training.latents[rows],
                     training.images[rows],
+                    np.float32(falling(updates + len(losses))),
                     decoder=decoder,
-                    learning_rate=learning_rate,
                 )
                 losses.append(loss)
         except cli.Interrupted:
