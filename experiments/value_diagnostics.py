@@ -160,9 +160,9 @@ def diagnose(name: str, *, states: int, episodes: int, steps: int) -> dict[str, 
     if missing:
         raise SystemExit(f"{name} has no {' and no '.join(missing)}")
     model_config = agent.config.model
-    span = -(-steps // model_config.chunk)
-    values, errors = drive(agent, evaluation_jobs(episodes), max(span, -(-states // episodes)))
-    by_h = zip(*[drifts(episode[:span]) for episode in values], strict=True)
+    decisions = max(steps, -(-states // episodes))
+    values, errors = drive(agent, evaluation_jobs(episodes), decisions)
+    by_h = zip(*[drifts(episode[:steps]) for episode in values], strict=True)
     errors = spread_over(errors, states)
     return {
         "agent": name,
@@ -199,12 +199,14 @@ def main() -> None:
     parser.add_argument("agents", nargs="+", metavar="AGENT")
     parser.add_argument("--states", type=int, default=10_000, help="for the TD error")
     parser.add_argument("--episodes", type=int, default=100, help="the first of the fixed ones")
-    parser.add_argument("--steps", type=int, default=200, help="of an episode, for the drift")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="world-model steps of an episode, for the drift"
+    )
     parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--quick", action="store_true", help="a trial: 60 steps, 8 states")
+    parser.add_argument("--quick", action="store_true", help="a trial: 30 steps, 8 states")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.states, arguments.episodes, arguments.steps = 8, 1, 60
+        arguments.states, arguments.episodes, arguments.steps = 8, 1, 30
     rows = []
     for name in arguments.agents:
         amounts = {key: getattr(arguments, key) for key in ("states", "episodes", "steps")}

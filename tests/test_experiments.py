@@ -73,7 +73,7 @@ def test_value_diagnostics_are_written_for_every_step_of_the_plan(tmp_path):
     assert [cell["h"] for cell in row["td"]] == [0, 1, 2, 3, 4]
     assert [cell["count"] for cell in row["td"]] == [8] * 5
     assert [cell["h"] for cell in row["drift"]] == [1, 2, 3, 4, 5]
-    assert [cell["count"] for cell in row["drift"]] == [29, 28, 27, 26, 25]  # of 60 / 2 decisions
+    assert [cell["count"] for cell in row["drift"]] == [29, 28, 27, 26, 25]  # of 30 decisions
     for cell in row["td"] + row["drift"]:
         assert np.isfinite(cell["mean"])
         assert cell["standard_error"] > 0
