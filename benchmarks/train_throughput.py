@@ -35,7 +35,7 @@ def variants(base: Config, names: list[str]) -> Iterator[tuple[str, Config]]:
     changes = {
         "strict": {},
         "chunk": {"env": {"render_every": "chunk"}},
-        "overlap": {"collect": {"overlap": True}},
+        "overlap": {"collect": {"lag": 1}},
         "mlp": {"model": {"dynamics": "mlp"}},
         "ema": {"learn": {"td_encoder": "ema"}},
         "device": {"replay": {"placement": "device"}},
@@ -51,7 +51,7 @@ def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
     """Train for some rounds after the warm-up; the figures are of these."""
     full = config.env.max_steps
     # The update compiles in the second round, or in the third if it overlaps with collecting.
-    warm_up = (3 if config.collect.overlap else 2) * config.collect.num_envs
+    warm_up = (3 if config.collect.lag else 2) * config.collect.num_envs
     config = config.replace(
         env={"patience": 0, "max_steps": min(steps, full)},
         collect={
@@ -74,7 +74,7 @@ def measure_run(name: str, config: Config, rounds: int, steps: int) -> dict:
     ]
     shares = {}
     for stage in STAGES:
-        groups = 2 if config.collect.overlap and stage in ("plan", "env") else 1
+        groups = 2 if config.collect.lag and stage in ("plan", "env") else 1
         shares[stage] = (
             sum(
                 max(record.get(f"time/{stage}_s", 0.0) for record in part)

@@ -547,8 +547,8 @@ def test_the_first_error_is_never_hidden_by_one_of_saving(tmp_path, monkeypatch)
         go(tmp_path / "run")
 
 
-def test_the_metrics_of_an_overlapped_run_are_all_there(tmp_path):
-    config = CONFIG.replace(collect={"overlap": True})
+def test_the_metrics_of_a_lagging_run_are_all_there(tmp_path):
+    config = CONFIG.replace(collect={"lag": 1})
     go(tmp_path / "run", 4, config=config)
     *_, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert np.isfinite(last["loss/total"])

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from toy import CONFIG
 
-from valdi_jax.config import validate
+from valdi_jax.config import Config, added_since, from_dict, to_dict, validate
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import PRESETS, default_config
 from valdi_jax.train import train
@@ -225,3 +225,13 @@ def test_the_token_size_is_checked_with_the_environments_action_size(tmp_path):
         make=lambda config, training: gym.make("Pendulum-v1", max_episode_steps=config.max_steps),
         console=Console(file=io.StringIO()),
     )
+
+
+def test_an_overlapping_run_of_before_lags_by_one_round():
+    data = to_dict(Config())
+    del data["collect"]["lag"]
+    assert from_dict(data | {"collect": data["collect"] | {"overlap": True}}).collect.lag == 1
+    assert from_dict(data | {"collect": data["collect"] | {"overlap": False}}).collect.lag == 0
+    assert "collect.lag" not in added_since({"collect": {"overlap": True}})
+    with pytest.raises(UsageError, match=r"collect.overlap is unknown"):
+        from_dict({"collect": {"overlap": 2}})

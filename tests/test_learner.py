@@ -164,30 +164,46 @@ class PowerCut(BaseException):
     """Ends a run like a kill: nothing is saved on the way."""
 
 
-OVERLAP = CONFIG.replace(collect={"overlap": True}, eval={"every": 0})
+LAGGING = CONFIG.replace(collect={"lag": 1}, eval={"every": 0})
 
 
-def test_overlap_makes_every_update_due(tmp_path):
-    state = run(tmp_path / "run", 5, OVERLAP)
+def test_a_lag_leaves_every_update_due(tmp_path):
+    state = run(tmp_path / "run", 5, LAGGING)
     assert int(state.step) == 9
     # An episode is collected during the updates of the previous one.
     assert [r["total/updates"] for r in metrics(tmp_path / "run")] == [0, 0, 0, 3, 9]
 
 
-def test_overlap_collects_with_parameters_that_lack_the_last_updates(tmp_path):
+def test_rounds_plan_with_parameters_that_lack_the_updates_of_the_last_rounds(tmp_path):
     strict = run(tmp_path / "strict", 5, CONFIG.replace(eval={"every": 0}))
-    run(tmp_path / "overlap", 5, OVERLAP)
-    one, other = (metrics(tmp_path / name) for name in ("strict", "overlap"))
+    run(tmp_path / "lag", 5, LAGGING)
+    one, other = (metrics(tmp_path / name) for name in ("strict", "lag"))
     predicted = [[r["plan/predicted_return"] for r in records] for records in (one, other)]
     assert predicted[0][:3] == predicted[1][:3], "no update has been made yet"
     assert predicted[0][3] != predicted[1][3]
     assert int(strict.step) == 9
 
 
-@pytest.mark.parametrize("episodes", [3, 4])
-def test_a_resumed_overlapping_run_equals_a_straight_one(tmp_path, episodes):
-    straight = run(tmp_path / "straight", 6, OVERLAP.replace(checkpoint={"every": 1}))
-    config = OVERLAP.replace(checkpoint={"every": 1})
+@pytest.mark.parametrize(
+    ("lag", "behind"), [(0, [0] * 5), (1, [0, 0, 0, 3, 3]), (2, [0, 0, 0, 3, 6])]
+)
+def test_the_version_lag_counts_the_updates_that_a_round_lacks(tmp_path, lag, behind):
+    run(tmp_path / "run", 5, LAGGING.replace(collect={"lag": lag}))
+    assert [r["plan/version_lag"] for r in metrics(tmp_path / "run")] == behind
+
+
+def test_a_round_has_as_many_episodes_as_requested(tmp_path):
+    config = CONFIG.replace(collect={"episodes_per_round": 3}, eval={"every": 0})
+    run(tmp_path / "run", 7, config)
+    # Two seed episodes owe nothing; the updates of a round follow when it is complete.
+    totals = [r["total/updates"] for r in metrics(tmp_path / "run")]
+    assert totals == [3, 3, 3, 12, 12, 12, 15]
+
+
+@pytest.mark.parametrize(("lag", "episodes"), [(1, 3), (1, 4), (3, 5)])
+def test_a_resumed_lagging_run_equals_a_straight_one(tmp_path, lag, episodes):
+    config = LAGGING.replace(checkpoint={"every": 1}, collect={"lag": lag})
+    straight = run(tmp_path / "straight", 6, config)
     stopped = []
 
     def make(env_config, training):
@@ -215,7 +231,12 @@ def test_a_resumed_overlapping_run_equals_a_straight_one(tmp_path, episodes):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
-def test_a_signal_ends_an_overlapping_run_with_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lag", [1, 3])
+def test_a_lagging_run_that_a_signal_ends_within_its_updates_resumes_exactly(
+    tmp_path, monkeypatch, lag
+):
+    config = LAGGING.replace(collect={"lag": lag})
+    straight = run(tmp_path / "straight", 6, config)
     update = learner_module.update
 
     def interrupting(state, batch, *, config):
@@ -225,10 +246,11 @@ def test_a_signal_ends_an_overlapping_run_with_a_checkpoint(tmp_path, monkeypatc
 
     monkeypatch.setattr(learner_module, "update", interrupting)
     with pytest.raises(cli.Interrupted):
-        run(tmp_path / "run", 6, OVERLAP)
+        run(tmp_path / "run", 6, config)
     monkeypatch.undo()
-    state = run(tmp_path / "run", 6, OVERLAP, resume=True)
+    state = run(tmp_path / "run", 6, config, resume=True)
     assert int(state.step) == 12
+    chex.assert_trees_all_equal(state.params, straight.params)
     assert [r["episode"] for r in metrics(tmp_path / "run")] == list(range(6))
 
 

@@ -232,7 +232,7 @@ def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"collect": {"overlap": True}}, "--overlap"),
+        ({"collect": {"lag": 1}}, "--collect.lag"),
         ({"model": {"chunk": 2}}, "--model.chunk"),
         ({"model": {"horizon": 8, "unet": UNetConfig()}}, "--model.horizon"),
         ({"planner": {"kind": "cem"}}, "--planner.kind diffuser"),

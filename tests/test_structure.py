@@ -30,18 +30,17 @@ ORDER = [
         "envs.maze",
         "envs.spaces",
     ),
-    *("envs.workers", "envs", "data.recorded", "data.rollout", "data.source", "cli"),
+    *("envs.workers", "envs", "data.recorded", "data.rollout", "data.collector"),
+    *("run", "run.manifest", "compilation"),
+    *("data.cluster", "data.source", "cli"),
     *(
-        "run",
-        "run.manifest",
-        "compilation",
         "run.agents",
         "run.checkpoint",
         "run.video",
         "run.wandb",
         "run.learner",
     ),
-    *("run.log", "run.display", "run.reporter", "run.saver", "run.loop"),
+    *("run.log", "run.display", "run.reporter", "run.rounds", "run.saver", "run.loop"),
     *("train", "evaluate", "agent", "record", "checkpoint", "convert"),
 ]
 

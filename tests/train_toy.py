@@ -13,7 +13,7 @@ from valdi_jax.train import train
 WAYS = {
     "plain": {},
     "workers": {"collect": {"num_envs": 2}},
-    "overlap": {"collect": {"num_envs": 2, "overlap": True}},
+    "overlap": {"collect": {"num_envs": 2, "lag": 1}},
     "device": {"replay": {"placement": "device"}},
 }
 

@@ -446,9 +446,17 @@ class CollectConfig:
     """Episodes collected by the untrained planner before the first update."""
     num_envs: Count = 1
     """Environments stepped in parallel; if several, each in a worker process."""
-    overlap: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
-    """Collect the next episodes while learning from the previous ones, with parameters that lack
-    these updates. The ratio of updates to environment steps stays the same."""
+    episodes_per_round: Natural = 0
+    """Episodes collected with the same parameters; 0 for one per environment."""
+    lag: Natural = 0
+    """Rounds that may be under way while earlier ones are learnt from: a round plans with the
+    parameters after the updates owed by the rounds before the last ``lag``. 0 collects and learns
+    in turn. The ratio of updates to environment steps stays the same."""
+    cluster: str = ""
+    """Collect with Ray (extra ray): its address, or local for a cluster of this machine alone."""
+    actors: Count = 1
+    """Ray actors, each with its own environments and a planner on the CPU; any number gives the
+    same run."""
     worker_timeout: Positive = 60.0
     """Seconds after which an unresponsive worker process is replaced."""
     seed_noise: Weight = 0.0
@@ -634,8 +642,15 @@ def validate(config: Config) -> None:
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
     )
-    if config.collect.source == "data" and config.collect.overlap:
-        raise UsageError("--overlap is for episodes that the agent collects, not for data alone")
+    collect = config.collect
+    if collect.source == "data" and (collect.lag or collect.cluster):
+        option = "--collect.lag" if collect.lag else "--collect.cluster"
+        raise UsageError(f"{option} is for episodes that the agent collects, not for data alone")
+    require(
+        collect.actors == 1 or bool(collect.cluster),
+        *("--collect.actors", collect.actors),
+        "takes --collect.cluster, an address or local",
+    )
     if config.learn.act == "ema" and config.learn.average:
         raise UsageError("--learn.act ema and --learn.average exclude one another")
     if config.diffuses_plans:
@@ -790,7 +805,7 @@ def from_dict(data: Any) -> Config:
     if not isinstance(data, dict):
         raise UsageError("the configuration must be an object")
     try:
-        return _READER.validate_json(json.dumps(data))
+        return _READER.validate_json(json.dumps(_renamed(data)))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(part for part in map(str, first["loc"]) if not part.isdigit())
@@ -804,6 +819,15 @@ def from_dict(data: Any) -> Config:
 _READER = pydantic.TypeAdapter(Config)
 
 
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """The data with the present names of its fields."""
+    collect = data.get("collect")
+    if not isinstance(collect, dict) or not isinstance(collect.get("overlap"), bool):
+        return data
+    rest = {name: value for name, value in collect.items() if name != "overlap"}
+    return data | {"collect": {"lag": int(collect["overlap"])} | rest}
+
+
 def added_since(data: dict[str, Any]) -> list[str]:
     """Fields that are missing from plain JSON data and so take their defaults."""
 
@@ -814,4 +838,4 @@ def added_since(data: dict[str, Any]) -> list[str]:
             elif isinstance(value, dict):
                 yield from absent(data[name], value, f"{path}{name}.")
 
-    return list(absent(data, to_dict(from_dict(data)), ""))
+    return list(absent(_renamed(data), to_dict(from_dict(data)), ""))

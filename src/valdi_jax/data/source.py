@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from valdi_jax.config import Config
+from valdi_jax.data.collector import Collector, Drive, Interrupt, LocalCollector, holding
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.recorded import read_recorded, to_episodes
 from valdi_jax.data.rollout import Job, Rollout, exploration_noise, roll_out
@@ -22,8 +24,6 @@ from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.registry import Registry
 from valdi_jax.types import Params
-
-Interrupt = Callable[[], None]  # raises if the work is to stop
 
 
 @dataclasses.dataclass
@@ -47,19 +47,20 @@ class Source(Protocol):
     example: Observation
     config: Config
 
-    def open(self) -> None:
-        """Start what it needs, from the main thread."""
+    def open(self) -> Collector:
+        """Start what it needs, from the main thread; returns who drives its episodes."""
 
     def recorded(self) -> list[Episode]:
         """Recorded episodes, which stay in the replay buffer."""
 
-    def next_round(self, progress: Progress) -> range:
-        """Numbers of the episodes to collect next."""
+    def next_round(self, first: int) -> range:
+        """Numbers of the episodes of the round that begins with ``first``."""
 
-    def collect(
-        self, params: Params, numbers: Sequence[int], interrupt: Interrupt
-    ) -> list[Rollout]:
-        """Collect these episodes with the current parameters."""
+    def jobs(self, numbers: Sequence[int]) -> list[Job]:
+        """These episodes, for the collector."""
+
+    def noise_std(self, number: int) -> float:
+        """Exploration noise of the round that begins with episode ``number``."""
 
     def count(
         self, progress: Progress, numbers: Sequence[int], rollouts: Sequence[Rollout]
@@ -126,7 +127,9 @@ class Environments:
         self.config = config.replace(model=sizes)
         self._interface, self._data = interface, data
         self._key = jax.random.split(jax.random.key(config.seed))[1]
+        self._make = make
         self._restarts = 0  # of workers, already reported
+        self._using = threading.Lock()  # held by whoever uses the pool
 
     @functools.cached_property
     def pool(self) -> Pool:
@@ -141,9 +144,15 @@ class Environments:
             timeout=config.collect.worker_timeout,
         )
 
-    def open(self) -> None:
+    def open(self) -> Collector:
         """Start the environments."""
+        collect = self.config.collect
+        if collect.cluster:
+            from valdi_jax.data.cluster import RayCollector
+
+            return RayCollector(collect, functools.partial(_make_drive, self.config, self._make))
         assert self.pool
+        return LocalCollector(self.drive, beside=collect.lag > 0)
 
     def recorded(self) -> list[Episode]:
         """See `Source`.
@@ -156,23 +165,29 @@ class Environments:
         name = self.config.collect.data
         return read_recorded(name, self._interface, self.config) if name else []
 
-    def next_round(self, progress: Progress) -> range:
-        """One episode per environment."""
-        first, collect = progress.episodes, self.config.collect
-        return range(first, min(first + collect.num_envs, collect.episodes))
+    def next_round(self, first: int) -> range:
+        """By default one episode per environment."""
+        collect = self.config.collect
+        count = collect.episodes_per_round or collect.num_envs
+        return range(first, min(first + count, collect.episodes))
 
-    def collect(
-        self, params: Params, numbers: Sequence[int], interrupt: Interrupt
+    def jobs(self, numbers: Sequence[int]) -> list[Job]:
+        return [self._job(number) for number in numbers]
+
+    def drive(
+        self, params: Params, jobs: Sequence[Job], noise_std: float, interrupt: Interrupt
     ) -> list[Rollout]:
-        return roll_out(
-            params,
-            self.pool,
-            [self._job(number) for number in numbers],
-            config=self.config,
-            noise_std=self.noise_std(numbers[0]),
-            groups=2 if self.config.collect.overlap else 1,
-            on_decision=interrupt,
-        )
+        """Drive episodes in this process."""
+        with holding(self._using, interrupt):
+            return roll_out(
+                params,
+                self.pool,
+                jobs,
+                config=self.config,
+                noise_std=noise_std,
+                groups=2 if self.config.collect.lag else 1,
+                on_decision=interrupt,
+            )
 
     def noise_std(self, number: int) -> float:
         collect = self.config.collect
@@ -194,7 +209,8 @@ class Environments:
 
     def evaluate(self, params: Params, interrupt: Interrupt) -> list[Rollout]:
         factory = functools.partial(self._factory, training=False)
-        with self.pool.serving("evaluation", factory, last_only=True):
+        held = holding(self._using, interrupt)
+        with held, self.pool.serving("evaluation", factory, last_only=True):
             return roll_out(
                 params,
                 self.pool,
@@ -223,11 +239,16 @@ class Environments:
         return Job(int(seed), jax.random.fold_in(self._key, number))
 
 
+def _make_drive(config: Config, make: Callable[..., gym.Env]) -> Drive:
+    return Environments(config, make).drive
+
+
 class Data(Environments):
     """Recorded episodes alone: each epoch owes a number of updates, and collects nothing."""
 
-    def open(self) -> None:
+    def open(self) -> Collector:
         """Start nothing: only evaluations need an environment."""
+        return LocalCollector(lambda *_: [])
 
     def recorded(self) -> list[Episode]:
         episodes = super().recorded()
@@ -235,12 +256,10 @@ class Data(Environments):
             raise UsageError("--collect.source data needs --data minari:ID, the recorded episodes")
         return episodes
 
-    def next_round(self, progress: Progress) -> range:
-        return range(progress.episodes, progress.episodes + 1)
+    def next_round(self, first: int) -> range:
+        return range(first, first + 1)
 
-    def collect(
-        self, params: Params, numbers: Sequence[int], interrupt: Interrupt
-    ) -> list[Rollout]:
+    def jobs(self, numbers: Sequence[int]) -> list[Job]:
         return []
 
     def count(

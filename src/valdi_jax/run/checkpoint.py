@@ -6,6 +6,7 @@
         params/                     the parameters to act with (Orbax)
         training/                   EMA, optimizer, step and key (Orbax); the online networks, if
                                     it acts with their average
+        rounds/, rounds.json        parameters of rounds under way, with a lag (Orbax)
         progress.json               counters
         manifest.json               checksums of these files and of the replay's
     RUN/replay/00000024.npz       one episode, written once
@@ -46,6 +47,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from valdi_jax.config import Config, added_since, from_dict, to_dict
+from valdi_jax.data.collector import Round
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.source import Progress
 from valdi_jax.errors import StoppedError, UsageError
@@ -205,11 +207,18 @@ def options_since(run_dir: Path) -> list[str]:
 
 
 def save(
-    run_dir: Path, state: AgentState, progress: Progress, *, keep: int, replay: dict[int, str]
+    run_dir: Path,
+    state: AgentState,
+    progress: Progress,
+    *,
+    keep: int,
+    replay: dict[int, str],
+    under_way: Sequence[Round] = (),
 ) -> Path:
     """Write a checkpoint atomically, and delete the oldest beyond ``keep``.
 
-    ``replay`` holds the checksums of the replay buffer's episodes, from `save_episode`.
+    ``replay`` holds the checksums of the replay buffer's episodes, from `save_episode`;
+    ``under_way`` are rounds begun with parameters that the state may no longer have.
 
     Returns: the checkpoint's directory.
 
@@ -224,11 +233,13 @@ def save(
     partial.mkdir(parents=True)
     training = _training_tree(state)
     counters = dataclasses.replace(progress, seconds=0.0)  # time is not part of the content
-    content = (state.acting, training, dataclasses.asdict(counters), sorted(replay.items()))
+    content = [state.acting, training, dataclasses.asdict(counters), sorted(replay.items())]
     try:
-        _check_space(partial, state)
+        _check_space(partial, (state, [each.params for each in under_way]))
         _save_tree(partial / "params", state.acting)
         _save_tree(partial / "training", training)
+        if under_way:
+            content.append(_save_rounds(partial, under_way))
         write_json(partial / "progress.json", dataclasses.asdict(progress))
         run = _run_id(run_dir)
         _write_manifest(partial, run, updates=int(state.step), replay=replay, content=content)
@@ -600,6 +611,41 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
     return state, _load_progress(checkpoint / "progress.json")
 
 
+def _save_rounds(directory: Path, rounds: Sequence[Round]) -> Any:
+    """Write rounds under way, those with the same parameters together; returns what they hold."""
+    versions = {id(each.params): each.params for each in rounds}
+    place = {identity: str(i) for i, identity in enumerate(versions)}
+    trees = {place[identity]: params for identity, params in versions.items()}
+    entries = [
+        [each.numbers.start, each.numbers.stop, each.version, place[id(each.params)]]
+        for each in rounds
+    ]
+    _save_tree(directory / "rounds", trees)
+    write_json(directory / "rounds.json", entries)
+    return trees, entries
+
+
+def load_rounds(checkpoint: Path, observation: Observation, config: Config) -> list[Round]:
+    """The rounds that were under way when a checkpoint was written.
+
+    Raises:
+        UsageError: if their shapes differ.
+    """
+    path = Path(checkpoint) / "rounds.json"
+    if not path.exists():
+        return []
+    try:
+        entries = [
+            (range(int(start), int(stop)), int(version), str(place))
+            for start, stop, version, place in json.loads(path.read_text())
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot read {path}: {error!r}") from error
+    template = _params_template(observation, config)
+    trees = _load_tree(checkpoint / "rounds", {place: template for *_, place in entries})
+    return [Round(numbers, version, trees[place]) for numbers, version, place in entries]
+
+
 def _load_progress(path: Path) -> Progress:
     try:
         data = json.loads(path.read_text())
@@ -751,7 +797,7 @@ def _training_tree(state: AgentState) -> dict[str, Any]:
     return tree if state.average is None else tree | {"params": state.params}
 
 
-def _check_space(directory: Path, state: AgentState) -> None:
+def _check_space(directory: Path, state: Any) -> None:
     """Raise OSError where there is no room, because Orbax fails with pages of tracebacks."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if shutil.disk_usage(directory).free < 2 * size + 2**20:  # Orbax may write a file twice

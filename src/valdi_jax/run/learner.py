@@ -99,6 +99,10 @@ class Learner:
         with jax.set_mesh(mesh):
             yield jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
+    def snapshot(self) -> Params:
+        """A copy of the parameters on one device, which outlasts the updates that donate them."""
+        return jax.device_put(jax.tree.map(jnp.copy, self.state.acting), jax.local_devices()[0])
+
     def add(self, episode: Episode) -> None:
         """Add a new episode."""
         self.restore(episode)

@@ -6,26 +6,24 @@ import contextlib
 import functools
 import os
 import shlex
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from valdi_jax import cli
 from valdi_jax.config import Config, leaves, to_dict, validate
+from valdi_jax.data.collector import Interrupt
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.recorded import GIVEN, digest
 from valdi_jax.data.replay import Replay
-from valdi_jax.data.rollout import Rollout, first_carries, plan_batch
-from valdi_jax.data.source import SOURCES, Interrupt, Progress, Source
+from valdi_jax.data.rollout import first_carries, plan_batch
+from valdi_jax.data.source import SOURCES, Progress, Source
 from valdi_jax.data.store import store_shapes
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
@@ -33,6 +31,7 @@ from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
 from valdi_jax.run.reporter import Reporter
+from valdi_jax.run.rounds import Rounds
 from valdi_jax.run.saver import Saver
 from valdi_jax.run.video import record_video
 from valdi_jax.types import AgentState, Params
@@ -40,7 +39,8 @@ from valdi_jax.updates import fit_scalers, init_state, observe, start_from
 
 # What may change on resuming: the length of the run, its reports, and its hardware.
 _CHANGEABLE = (
-    *("collect.episodes", "collect.worker_timeout", "eval.", "checkpoint."),
+    *("collect.episodes", "collect.worker_timeout", "collect.cluster", "collect.actors"),
+    *("eval.", "checkpoint."),
     *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
 )
 
@@ -92,12 +92,13 @@ def train(
         known = resume or init_from is not None
         recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
         if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
-            state, progress = _first_state(source), Progress()
+            state, progress, under_way = _first_state(source), Progress(), []
             state = fit_scalers(state, recorded, config=config)
             for episode in recorded:
                 state = observe(state, episode.observations.vector)
         else:
             state, progress = checkpoint.load(recovered.checkpoint, source.example, config)
+            under_way = checkpoint.load_rounds(recovered.checkpoint, source.example, config)
         if config.collect.episodes < progress.episodes:
             raise UsageError(
                 f"--collect.episodes is {config.collect.episodes}, but the run has collected "
@@ -129,17 +130,20 @@ def train(
         for number in recovered.digests:
             episode = checkpoint.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
-        saver = Saver(lock, run_dir, config, learner, progress, recovered, say=reporter.say)
         if (devices := jax.device_count()) > 1:
             samples = PLANNERS[config.planner.kind].plan is not None
-            planning = 1 if config.collect.overlap or samples else devices
+            planning = 1 if config.collect.lag or config.collect.cluster or samples else devices
             reporter.say(f"planning on {planning} devices, learning on {learner.devices}")
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
         stack.enter_context(reporter.live())
-        source.open()  # here, as worker processes inherit what the main thread ignores
-        executor = stack.enter_context(ThreadPoolExecutor(1, "collect"))
-        _loop(config, source, learner, saver, reporter, executor, progress, interrupt)
+        collector = source.open()  # here, as processes inherit what the main thread ignores
+        stack.callback(collector.close)
+        rounds = Rounds(source, learner, collector, under_way)
+        saver = Saver(
+            *(lock, run_dir, config, learner, progress, rounds, recovered), say=reporter.say
+        )
+        _loop(config, source, learner, rounds, saver, reporter, progress, interrupt)
     return learner.state
 
 
@@ -147,14 +151,14 @@ def _loop(
     config: Config,
     source: Source,
     learner: Learner,
+    rounds: Rounds,
     saver: Saver,
     reporter: Reporter,
-    executor: ThreadPoolExecutor,
     progress: Progress,
     interrupt: Interrupt,
 ) -> None:
     """Run to the end, or to an interrupt; save a checkpoint either way."""
-    total, overlap = config.collect.episodes, config.collect.overlap
+    total, lag = config.collect.episodes, config.collect.lag
     before = progress.episodes, learner.updates, reporter.evaluated
 
     def due(every: int, last: int) -> bool:
@@ -168,7 +172,7 @@ def _loop(
     try:
         while True:
             # Updates that an interrupt left undone.
-            if not overlap or progress.episodes >= total:
+            if not lag or progress.episodes >= total:
                 learn({})
             if due(config.eval.every, reporter.evaluated):
                 reporter.phase(f"evaluating on {config.eval.episodes} episodes")
@@ -180,28 +184,25 @@ def _loop(
             if progress.episodes >= total:
                 break
 
-            numbers = source.next_round(progress)
             metrics: dict[str, float] = {}
-            if overlap:
-                rollouts = _collect_beside(
-                    learn, source, learner, reporter, executor, numbers, metrics, interrupt
-                )
-            else:
-                if config.collect.source != "data":
-                    reporter.collecting(numbers)
-                with learner.planning() as params:
-                    rollouts = source.collect(params, numbers, interrupt)
+            if lag:
+                rounds.start(progress)
+                learn(metrics)
+            numbers = rounds.next(progress)
+            if config.collect.source != "data":
+                reporter.collecting(numbers)
+            rollouts = rounds.finish(progress, metrics, interrupt)
             for rollout in rollouts:
                 learner.add(rollout.episode)
             if rollouts:
                 metrics["time/save_s"] = saver.add(numbers, rollouts)
             source.count(progress, numbers, rollouts)
             reporter.tick()
-            for sentence in source.notices():
+            for sentence in [*source.notices(), *rounds.notices()]:
                 reporter.say(sentence)
             try:
                 reporter.check_scores(rollouts)
-                if not overlap or progress.episodes >= total:
+                if not lag or progress.episodes >= total:
                     learn(metrics)
             finally:
                 # Also on an interrupt: the episodes exist, and their missing updates follow on
@@ -293,37 +294,6 @@ def _name(make: Callable[..., gym.Env]) -> str:
     while isinstance(make, functools.partial):
         make = make.func
     return f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
-
-
-def _collect_beside(
-    learn: Callable[[dict[str, float]], None],
-    source: Source,
-    learner: Learner,
-    reporter: Reporter,
-    executor: ThreadPoolExecutor,
-    numbers: Sequence[int],
-    metrics: dict[str, float],
-    interrupt: Interrupt,
-) -> list[Rollout]:
-    """Collect in a thread with the current parameters while making the updates due."""
-    over = threading.Event()
-
-    def stop() -> None:
-        interrupt()
-        if over.is_set():
-            raise StoppedError("learning has stopped")
-
-    # A copy, because updates donate their own; on one device, though updates may use several.
-    params = jax.tree.map(jnp.copy, learner.state.acting)
-    params = jax.device_put(params, jax.local_devices()[0])
-    collecting = executor.submit(source.collect, params, numbers, stop)
-    try:
-        learn(metrics)
-    except BaseException:
-        over.set()
-        raise
-    reporter.collecting(numbers)
-    return collecting.result()
 
 
 def _say_memory(source: Source, reporter: Reporter) -> None:

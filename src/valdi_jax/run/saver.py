@@ -13,6 +13,7 @@ from valdi_jax.data.rollout import Rollout
 from valdi_jax.data.source import Progress
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner
+from valdi_jax.run.rounds import Rounds
 
 
 class Saver:
@@ -31,12 +32,14 @@ class Saver:
         config: Config,
         learner: Learner,
         progress: Progress,
+        rounds: Rounds,
         recovered: checkpoint.Recovered,
         *,
         say: Callable[[str], None],
     ):
         self._lock, self.run_dir = lock, run_dir
         self._config, self._learner, self._progress, self._say = config, learner, progress, say
+        self._rounds = rounds
         self._digests = dict(recovered.digests)  # checksums of the replay buffer's files
         self._unsaved: dict[int, Episode] = {}
         found = recovered.checkpoint is not None
@@ -83,6 +86,7 @@ class Saver:
                 self._progress,
                 keep=self._config.checkpoint.keep,
                 replay=self._digests,
+                under_way=self._rounds.under_way,
             )
         except OSError as error:
             self._say(f"warning: cannot save a checkpoint: {error}; the last one stays")
