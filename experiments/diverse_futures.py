@@ -3,15 +3,15 @@
 python experiments/diverse_futures.py AGENT DECODER_DIR --steps 8 --out futures.png --json FILE
 
 DECODER_DIR is what decoder.py wrote for this agent. At decisions spread over the first episode the
-agent plans, and each plan is imagined many times. Three mean distances of all pairs of imagined
+agent plans, and each plan is imagined many times. Four mean distances of all pairs of imagined
 last states say how much these differ, in the JSON for each state and number of steps:
 
     pixels     root of the mean squared difference of the decoded images, in [0, 1]
     1 - SSIM   of the decoded images: structural similarity in windows of 7 x 7 pixels
+    LPIPS      of the decoded images, as the paper's; null without its weights: see lpips.py
     latents    root of the mean squared difference of the latents, as in steps_sweep.py
 
-The paper gives LPIPS, on another scale. States, plans and noise are the same for every number of
-steps.
+States, plans and noise are the same for every number of steps.
 
 The picture shows, for the last of --steps, the state whose decoded futures are furthest apart in
 pixels, and four of them there: the two least alike, then twice the one furthest from those chosen.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ import decoder as decoders
 import evidence
 import jax
 import jax.numpy as jnp
+import lpips
 import matplotlib.pyplot as plt
 import numpy as np
 import steps_sweep
@@ -185,33 +187,38 @@ def draw(out: Path, real: np.ndarray, futures: np.ndarray, title: str) -> None:
     plt.close(figure)
 
 
-def measure(latents: Array, images: Array) -> tuple[dict[str, float], np.ndarray]:
+def measure(
+    latents: Array, images: Array, weights: lpips.Weights | None = None
+) -> tuple[dict[str, float | None], np.ndarray]:
     """Mean distances of last latents [N, D] and their images, and those [N, N] in pixels."""
     apart = np.asarray(distances(images, distance=pixel_distance))
     similarity = np.asarray(distances(images, distance=ssim_distance))
-    numbers = {
+    numbers: dict[str, float | None] = {
         "pixels": mean_distance(apart),
         "one_minus_ssim": mean_distance(similarity),
+        "lpips": None,
         "latents": float(steps_sweep.spread(latents)),
     }
+    if weights is not None:
+        perceived = distances(lpips.embed(weights, images), distance=lpips.squared_distance)
+        numbers["lpips"] = mean_distance(np.asarray(perceived))
     return numbers, apart
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: means over the pairs for each number of steps, the paper's LPIPS beside."""
     lines = [
-        "| agent | steps | pixels | 1 - SSIM | latents | paper, CarRacing: LPIPS |",
-        "|---|---|---|---|---|---|",
+        "| agent | steps | pixels | 1 - SSIM | LPIPS | latents | paper, CarRacing: LPIPS |",
+        "|---|---|---|---|---|---|---|",
     ]
     for steps in dict.fromkeys(row["steps"] for row in rows):
         own = [row for row in rows if row["steps"] == steps]
-        pixels, similarity, latents = (
-            f"{np.mean([row[name] for row in own]):.4f}"
-            for name in ("pixels", "one_minus_ssim", "latents")
+        measured = " | ".join(
+            "" if own[0][name] is None else f"{np.mean([row[name] for row in own]):.4f}"
+            for name in ("pixels", "one_minus_ssim", "lpips", "latents")
         )
         _, paper = steps_sweep.PAPER.get(("diffusion", steps), ("", ""))
-        name = Path(own[0]["agent"]).name
-        lines.append(f"| {name} | {steps} | {pixels} | {similarity} | {latents} | {paper} |")
+        lines.append(f"| {Path(own[0]['agent']).name} | {steps} | {measured} | {paper} |")
     return "\n".join(lines)
 
 
@@ -237,6 +244,23 @@ def open_both(name: str, directory: Path) -> tuple[Agent, Decoder, Params]:
             f"for {record.get('agent')}; train one with decoder.py"
         )
     return agent, decoder, params
+
+
+def open_lpips(decoder: Decoder) -> lpips.Weights | None:
+    """Its weights; none, and a sentence that says why, where there is no LPIPS of such images.
+
+    Raises:
+        UsageError: if the weights that are installed are not the right ones.
+    """
+    height, width = decoder.image
+    if lpips.find() is None:
+        why = lpips.MISSING
+    elif min(height, width) < lpips.LEAST:
+        why = f"images of {height} x {width} pixels are too small for it"
+    else:
+        return lpips.load()
+    print(f"no LPIPS: {why}", file=sys.stderr)
+    return None
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -277,6 +301,7 @@ def main(argv: Sequence[str]) -> int:
         validate(each)
     for path in filter(None, (arguments.out, arguments.json)):
         check_writable(path)
+    weights = open_lpips(decoder)
 
     pairs = drive(agent, arguments.pairs)
     rows: list[dict[str, Any]] = []
@@ -293,7 +318,7 @@ def main(argv: Sequence[str]) -> int:
         for pair, decision in enumerate(pairs.decisions):
             last = latents[pair, :, -1]
             images = decode_all(decoder_params, last, decoder=decoder)
-            numbers, apart = measure(last, images)
+            numbers, apart = measure(last, images, weights)
             row = {
                 "agent": arguments.agent,
                 "decoder": str(arguments.decoder),
