@@ -61,7 +61,7 @@ class RayCollector:
         if self._ours:
             _connect(collect.cluster, collect.actors)
         self._spawn = functools.partial(
-            ray.remote(_Actor).options(num_cpus=1, max_restarts=0, max_task_retries=0).remote,
+            ray.remote(_Actor).options(num_cpus=1, scheduling_strategy="SPREAD").remote,
             *(make_drive, jax.config.values["jax_compilation_cache_dir"] is not None),
         )
         self._size = collect.num_envs

@@ -80,7 +80,7 @@ class Rounds:
         lost, self._lost = self._collector.lost - self._lost, self._collector.lost
         if not lost:
             return []
-        return [f"warning: {lost} collectors were lost; others drove their episodes again"]
+        return [f"warning: collectors lost: {lost}; others drove their episodes again"]
 
     def _submit(self, each: Round) -> Ticket:
         jobs = self._source.jobs(each.numbers)
