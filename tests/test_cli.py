@@ -19,7 +19,7 @@ with cli.interruptible():
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_waits_for_a_good_moment(signum):
     with cli.interruptible() as check:
         check()

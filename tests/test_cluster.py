@@ -138,6 +138,17 @@ def test_an_environments_own_error_is_raised_with_its_traceback(cluster, tmp_pat
         go(tmp_path / "run", config, make_failing)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_a_cluster_that_cannot_be_reached_is_named(tmp_path, address):
+    ray = pytest.importorskip("ray")
+    from valdi_jax.data.cluster import RayCollector
+
+    if ray.is_initialized():
+        ray.shutdown()
+    with pytest.raises(UsageError, match=f"--collect.cluster {address}: "):
+        RayCollector(BASE.replace(collect={"cluster": address}).collect, lambda: None)
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -24,7 +24,7 @@ from valdi_jax.run.log import read_jsonl
 
 HERE = Path(__file__).parent
 EPISODES = 24
-WAYS = ("plain", "workers", "overlap", "device")
+WAYS = ("plain", "workers", "lag", "device")
 
 
 def start(directory, way="plain", **options):
@@ -35,7 +35,7 @@ def start(directory, way="plain", **options):
 
 def _heed():
     """In the background, shells have their children ignore signals."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
 
 
@@ -88,7 +88,7 @@ def end_at_random_moments(directory, way, rng, times, signum):
 
     Returns: the episodes saved at each end; fewer if the run finished.
     """
-    each = 2 if way in ("workers", "overlap") else 1  # episodes of a round
+    each = 2 if way in ("workers", "lag") else 1  # episodes of a round
     saved, stopped = [], 0
     for _ in range(times):
         goal = saved_episodes(directory) + rng.integers(1, 8)
@@ -142,8 +142,8 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "workers", "device"])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_run_told_to_stop_saves_and_ends_as_one_that_was_not(straight, tmp_path, way, name):
     rng = np.random.default_rng([*way.encode(), *name.encode()])
     directory = tmp_path / "run"

@@ -13,7 +13,7 @@ from valdi_jax.train import train
 WAYS = {
     "plain": {},
     "workers": {"collect": {"num_envs": 2}},
-    "overlap": {"collect": {"num_envs": 2, "lag": 1}},
+    "lag": {"collect": {"num_envs": 2, "lag": 2}},
     "device": {"replay": {"placement": "device"}},
 }
 

@@ -70,7 +70,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(141)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _REPEAT = 0.5  # seconds in which `timeout` and shells may send the same signal twice
 _STOPPING = (
     "stopping after the step under way (the first ones compile for a while); "
@@ -92,9 +92,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` at the next call of the yielded function.
+    """Turn signals to stop into `Interrupted` at the next call of the yielded function.
 
-    A second signal ends the process at once. Outside the main thread, where Python allows no signal
+    These are SIGINT, SIGTERM, SIGHUP, and SIGUSR1, by which Slurm announces the end of a job. A
+    second signal ends the process at once. Outside the main thread, where Python allows no signal
     handlers, the function does nothing.
     """
     if threading.current_thread() is not threading.main_thread():

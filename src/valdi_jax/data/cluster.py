@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import queue
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ except ImportError as error:
 
 _LOSSES = 5  # lost actors, after which an episode is given up
 _POLL = 0.2  # seconds between two looks at whether the work is to stop
+_REACHABLE = 10.0  # seconds in which a cluster must answer
 _LOOPBACK = "127.0.0.2"  # Ray rewrites 127.0.0.1 as a name, and its head then hangs
 
 
@@ -178,7 +180,10 @@ def _connect(address: str, actors: int) -> None:
         settings |= {"address": "local", "_node_ip_address": _LOOPBACK}
     else:
         settings["address"] = address
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=_REACHABLE).close()
         with _own_handlers():
             ray.init(**settings)
     except (ConnectionError, OSError, ValueError, RuntimeError, RayError) as error:

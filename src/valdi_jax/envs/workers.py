@@ -32,7 +32,7 @@ from valdi_jax.errors import StoppedError
 from valdi_jax.observation import Observation
 
 _FIRST_ANSWER = 600.0  # more seconds for a first answer: imports, simulator start
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _WORKER_LOSSES = 3  # consecutive losses of one worker before giving up
 
 
