@@ -138,6 +138,12 @@ def test_an_environments_own_error_is_raised_with_its_traceback(cluster, tmp_pat
         go(tmp_path / "run", config, make_failing)
 
 
+def test_more_actors_than_the_cluster_holds_are_refused(cluster, tmp_path):
+    config = BASE.replace(collect={"cluster": cluster.address, "actors": 99})
+    with pytest.raises(UsageError, match=r"--collect.actors is 99; the cluster has \d+ CPUs"):
+        go(tmp_path / "run", config)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
 def test_a_cluster_that_cannot_be_reached_is_named(tmp_path, address):
     ray = pytest.importorskip("ray")

@@ -54,7 +54,7 @@ class RayCollector:
         lost: actors lost so far.
 
     Raises:
-        UsageError: if Ray is not installed or the cluster cannot be reached.
+        UsageError: if Ray is not installed, or the cluster cannot be reached or is too small.
     """
 
     def __init__(self, collect: CollectConfig, make_drive: Callable[[], Drive]):
@@ -62,6 +62,12 @@ class RayCollector:
         self._ours = not ray.is_initialized()
         if self._ours:
             _connect(collect.cluster, collect.actors)
+        if (places := int(ray.cluster_resources().get("CPU", 0))) < collect.actors:
+            if self._ours:
+                ray.shutdown()
+            raise UsageError(
+                f"--collect.actors is {collect.actors}; the cluster has {places} CPUs, one for each"
+            )
         self._spawn = functools.partial(
             ray.remote(_Actor).options(num_cpus=1, scheduling_strategy="SPREAD").remote,
             *(make_drive, jax.config.values["jax_compilation_cache_dir"] is not None),
