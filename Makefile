@@ -1,8 +1,11 @@
-# make train   train on CarRacing with the preset that suits this machine
-# make test    run the tests
-# make lint    check style and types
-# make docs    build the documentation as a site, in build/site
-# make bench   measure the planner, the update, the environment and whole training
+# make train       train on CarRacing with the preset that suits this machine
+# make test        run the tests
+# make lint        check style and types
+# make docs        build the documentation as a site, in build/site
+# make bench       measure the planner, the update, the environment and whole training
+# make figures     the paper's figures and table from the agents in the box, as one page: within an
+#                  hour on two cores; OPTIONS='--quick --out build/quick' for a trial in minutes
+# make reproduce   the same from nothing: trains both agents before, a few hours more
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,10 +16,12 @@ BIN     = $(VENV)/bin
 CUDA   := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -1)
 GPU    := $(if $(filter 12 13,$(CUDA)),cuda$(CUDA))
 PRESET ?= $(if $(GPU),paper,cpu)
+ONE     = $(if $(GPU),--cores 1)  # two processes do not share a GPU's memory
+OPTIONS ?=
 COMMA  := ,
 READY   = $(VENV)/installed-$(subst $(COMMA),-,$(EXTRAS))
 
-.PHONY: train test lint docs bench clean
+.PHONY: train test lint docs bench figures reproduce clean
 
 train: $(READY)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
@@ -36,6 +41,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/update_hz.py
 	$(BIN)/python benchmarks/env_hz.py
 	$(BIN)/python benchmarks/train_throughput.py
+
+figures: $(READY)
+	$(BIN)/python experiments/reproduce.py --out build/figures $(ONE) $(OPTIONS)
+
+reproduce: $(READY)
+	$(BIN)/python experiments/reproduce.py --train --preset $(PRESET) --out runs/reproduce $(ONE) $(OPTIONS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import evidence
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -57,15 +60,25 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=20, help="episodes of the moving average")
     parser.add_argument("--level", type=float, help="value to draw a line at")
     parser.add_argument("--out", type=Path, default=Path("training_curves.png"))
+    parser.add_argument("--json", type=Path, help="where to write the lengths and ends of the runs")
     arguments = parser.parse_args()
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    rows: list[dict[str, Any]] = []
     for argument in arguments.runs:
         label, _, directories = argument.partition("=")
         runs = [
             read_run(Path(name), arguments.metric, arguments.window)
             for name in directories.split(",")
         ]
+        for directory, (axes, values) in zip(directories.split(","), runs, strict=True):
+            ends = {name: float(axes[name][-1]) for name in AXES}
+            last = {
+                "metric": arguments.metric,
+                "window": arguments.window,
+                "last": float(values[-1]),
+            }
+            rows.append({"label": label, "run": directory} | ends | last)
         for panel, name in zip(panels, AXES, strict=True):
             # A common axis, up to the end of the shortest run.
             start = max(axes[name][0] for axes, _ in runs)
@@ -86,6 +99,8 @@ def main() -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(arguments.out, dpi=130)
+    if arguments.json:
+        evidence.write(arguments.json, rows, sys.argv)
     print(arguments.out)
 
 
