@@ -304,6 +304,8 @@ class PlannerConfig:
     at zero. The other searches always do; guided and diffuser: --planner.diffuser.warm-start."""
     shared_noise: bool = False
     """Start all candidates of a plan from one noise draw instead of one each."""
+    futures: Count = 1
+    """Noise draws that a search imagines each candidate from; their mean return is its score."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision in which candidates are imagined and scored; the encoder stays in float32."""
     icem: ICEMConfig = field(default_factory=ICEMConfig)
@@ -641,6 +643,11 @@ def validate(config: Config) -> None:
         planner.mppi.min_std <= planner.mppi.max_std,
         *("--planner.mppi.min-std", planner.mppi.min_std),
         f"must be at most --planner.mppi.max-std ({planner.mppi.max_std})",
+    )
+    require(
+        planner.futures == 1 or planner.kind not in ("diffuser", "guided"),
+        *("--planner.futures", planner.futures),
+        f"is for searches, which --planner.kind {planner.kind} is not",
     )
     collect = config.collect
     if collect.source == "data" and (collect.lag or collect.cluster):

@@ -110,16 +110,18 @@ def _plan(
         return predicted_return(params, z, actions, noise, config=config, steps=steps, tail=tail)
 
     def score(sequences: Array, key: Array) -> Array:
-        count = sequences.shape[0]
+        count, futures = sequences.shape[0], settings.futures
         actions = hold(sequences, settings.action_hold)
         actions = actions.reshape(count, config.model.horizon, -1).astype(settings.precision)
+        actions = jnp.repeat(actions, futures, axis=0)
         if settings.shared_noise:
-            noise = jax.random.normal(shared_key, noise_shape)
-            noise = jnp.broadcast_to(noise, (count, *noise_shape))
+            noise = jax.random.normal(shared_key, (futures, *noise_shape))
+            noise = jnp.tile(noise, (count, 1, 1))
         else:
-            noise = jax.random.normal(key, (count, *noise_shape))
-        tail = draw_tail(jax.random.fold_in(key, 1), (count,), config=config)
-        return over_devices(scored)(scoring, z, actions, noise, tail)
+            noise = jax.random.normal(key, (count * futures, *noise_shape))
+        tail = draw_tail(jax.random.fold_in(key, 1), (count * futures,), config=config)
+        scores = over_devices(scored)(scoring, z, actions, noise, tail)
+        return scores.reshape(count, futures).mean(axis=1)
 
     def propose(key: Array) -> Array:
         chunks = propose_chunks(
