@@ -17,6 +17,7 @@ from typing import Any
 import evidence
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from valdi_jax.run.log import read_jsonl
 
@@ -89,6 +90,7 @@ def main() -> None:
                 low, high = interval(curves)
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             panel.set_xlabel(name)
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k
     named = {"episode/return": "training return", "memory/host_gb": "resident memory, GB"}
     label = named.get(arguments.metric, arguments.metric)
     panels[0].set_ylabel(label + (f", mean of {arguments.window}" if arguments.window > 1 else ""))
