@@ -8,40 +8,60 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from toy import CONFIG, make_counting
 
 from valdi_jax import cli
+from valdi_jax.observation import Observation
 from valdi_jax.run.learner import Learner
 from valdi_jax.train import train
 
 WATCHDOG, HEARTBEAT = 20, 10  # seconds
 
 
+EXAMPLE = Observation(vector=np.zeros(2, np.float32))
+
+
+def configuration(episodes, **learn):
+    config = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, every=4, episodes=1))
+    return config.replace(collect={"episodes": episodes}, checkpoint={"every": 1}, learn=learn)
+
+
 def main(arguments):
-    directory, episodes = Path(arguments[0]), int(arguments[1])
-    config = CONFIG.replace(
-        collect={"episodes": episodes},
-        checkpoint={"every": 1},
-        learn={
-            "processes": int(arguments[2]),
-            "rank": int(arguments[3]),
-            "coordinator": arguments[4],
-            "watchdog": WATCHDOG,
-            "heartbeat": HEARTBEAT,
-        },
+    directory, episodes, count, rank = Path(arguments[0]), *map(int, arguments[1:4])
+    config = configuration(
+        episodes,
+        processes=count,
+        rank=rank,
+        coordinator=arguments[4],
+        watchdog=WATCHDOG,
+        heartbeat=HEARTBEAT,
     )
-    config = dataclasses.replace(config, eval=dataclasses.replace(CONFIG.eval, every=4, episodes=1))
-    if "TOY_FAULT" in os.environ:  # KIND of fault, rank and update
-        kind, rank, update = os.environ["TOY_FAULT"].split(":")
-        if rank == arguments[3]:
+    if fault := os.environ.get("TOY_FAULT"):  # kind, rank and update
+        kind, whose, update = fault.split(":")
+        if rank == int(whose):
             Learner._dispatch = faulty(kind, int(update), Learner._dispatch)
+    Learner.follow = saying_updates(Learner.follow)
     resume = (directory / "config.json").exists()
     try:
         train(config, directory, resume=resume, make=make_counting, console=Console(width=200))
     except cli.Interrupted:
         return 130
     return 0
+
+
+def saying_updates(work):
+    """At the end of each call of a method of the learner, if by an exception."""
+
+    def changed(learner, *arguments):
+        try:
+            return work(learner, *arguments)
+        except cli.Interrupted:
+            print(f"made {learner.updates} updates", flush=True)
+            raise
+
+    return changed
 
 
 def faulty(kind, update, dispatch):

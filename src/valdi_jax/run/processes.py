@@ -68,11 +68,9 @@ def start(learn: LearnConfig) -> None:
             shutdown_timeout_seconds=_LEAVING,
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"cannot join the processes of --learn.processes {learn.processes}: {reason} "
-            "(--learn.coordinator HOST:PORT and --learn.rank say what JAX cannot find out)"
-        ) from error
+        hint = "--learn.coordinator HOST:PORT and --learn.rank say what JAX cannot find out"
+        reason = str(error).splitlines()[0] + (f" ({hint})" if type(error) is ValueError else "")
+        raise UsageError(f"--learn.processes {learn.processes}: {reason}") from error
 
 
 def _binding(coordinator: str) -> str | None:
