@@ -17,7 +17,7 @@ from valdi_jax.observation import Observation
 from valdi_jax.run.learner import Learner
 from valdi_jax.train import train
 
-WATCHDOG, HEARTBEAT = 20, 10  # seconds
+WATCHDOG, HEARTBEAT = 45, 10  # seconds
 
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
@@ -73,7 +73,7 @@ def faulty(kind, update, dispatch):
                 raise OSError("the road is closed")
         dispatch(learner, *arguments)
         if kind == "slow":
-            time.sleep(0.3)
+            time.sleep(1)
 
     return changed
 

@@ -32,6 +32,7 @@ _GRACE = 10.0  # seconds that an update may take once another process has failed
 _LEAVING = 10  # seconds that a process waits for the others to leave
 
 _runs = itertools.count()  # the same in all processes: each run has words of its own
+_joined = threading.Event()  # whether `start` has joined the processes
 
 
 class Word(NamedTuple):
@@ -69,8 +70,17 @@ def start(learn: LearnConfig) -> None:
         )
     except (ValueError, RuntimeError) as error:
         hint = "--learn.coordinator HOST:PORT and --learn.rank say what JAX cannot find out"
-        reason = str(error).splitlines()[0] + (f" ({hint})" if type(error) is ValueError else "")
+        reason = _first_line(error) + (f" ({hint})" if type(error) is ValueError else "")
         raise UsageError(f"--learn.processes {learn.processes}: {reason}") from error
+    _joined.set()
+
+
+def _leave() -> None:
+    """Part from the other processes; what a program does afterwards is its own affair."""
+    if _joined.is_set():
+        _joined.clear()
+        with contextlib.suppress(RuntimeError):  # another was lost
+            jax.distributed.shutdown()
 
 
 def _binding(coordinator: str) -> str | None:
@@ -143,6 +153,7 @@ class Processes:
                 if self.follows:
                     self._await_end()  # the first process saves before this one leaves
         self._over.set()
+        _leave()
 
     def tell(self, kind: str, body: bytes | str = b"") -> int:
         """Tell the others, if this is the first process; returns the word's number."""
@@ -177,6 +188,8 @@ class Processes:
                 break
             except TimeoutError:
                 pass
+            except RuntimeError as error:
+                raise StoppedError(f"process 0 cannot be reached: {_first_line(error)}") from error
         self.progress()
         self._ended = word.kind in ("stop", "fail", "end")
         if word.kind == "stop":
@@ -194,13 +207,19 @@ class Processes:
         """
         self._check_failed()
         for said in list(self._heard.values()):
-            raise cli.Interrupted(int(said.partition(" ")[2]))
+            if said.startswith("signal "):
+                raise cli.Interrupted(int(said.removeprefix("signal ")))
 
     def _check_failed(self) -> None:
+        if failure := self._failure():
+            raise StoppedError(failure)
+
+    def _failure(self) -> str:
+        """What another process failed with, if one has."""
         for rank, said in list(self._heard.items()):
-            kind, _, rest = said.partition(" ")
-            if kind == "failed":
-                raise StoppedError(f"process {rank} has ended: {rest}")
+            if said.startswith("failed "):
+                return f"process {rank} has ended: {said.removeprefix('failed ')}"
+        return ""
 
     def meet(self, name: str) -> None:
         """Wait until all processes are here; a signal waits for the next `check`.
@@ -235,8 +254,9 @@ class Processes:
         except RuntimeError as error:
             time.sleep(2 * _LISTEN)  # the other may be about to say why
             self._check_failed()
-            reason = str(error).splitlines()[0]
-            raise StoppedError(f"another process was lost in an update: {reason}") from error
+            raise StoppedError(
+                f"an update failed, as if another process was lost: {_first_line(error)}"
+            ) from error
         finally:
             self._updating = False
         self.progress()
@@ -293,14 +313,13 @@ class Processes:
                     "process or another hangs"
                 )
             if self._failed is not None and self._updating and now - self._failed > _GRACE:
-                said = "; ".join(f"process {rank} {what}" for rank, what in self._heard.items())
-                self._exit(said)
+                self._exit(self._failure())
 
     def _exit(self, sentence: str) -> None:
         """End this process, whose main thread waits for ever."""
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # show the cursor, which a live display hides
-        print(f"stopped: process {self.rank}: {sentence}", file=sys.stderr, flush=True)
+        print(f"stopped: {sentence}", file=sys.stderr, flush=True)
         os._exit(3)
 
 
@@ -317,7 +336,11 @@ def _get(name: str, timeout_ms: int) -> bytes:
         raise
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, (StoppedError, UsageError)):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {_first_line(error)}"
