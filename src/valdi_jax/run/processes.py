@@ -7,6 +7,7 @@ the key-value store of JAX's coordination service; only updates communicate betw
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -93,6 +94,13 @@ def _binding(coordinator: str) -> str | None:
     return f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{port}"
 
 
+def _leave_at_once() -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(3)
+
+
 class Processes:
     """The processes of a run, as a context; alone, everything here does nothing.
 
@@ -124,6 +132,7 @@ class Processes:
         self._heard: dict[int, str] = {}  # what others say of themselves, by rank
         self._failed: float | None = None  # when another was heard to have failed
         self._updating = False
+        self._lost = False  # whether another process is gone
         self._moved = time.monotonic()
         self._over = threading.Event()
 
@@ -153,7 +162,11 @@ class Processes:
                 if self.follows:
                     self._await_end()  # the first process saves before this one leaves
         self._over.set()
-        _leave()
+        if self._lost:
+            # JAX would wait for it, and then abort.
+            atexit.register(_leave_at_once)
+        else:
+            _leave()
 
     def tell(self, kind: str, body: bytes | str = b"") -> int:
         """Tell the others, if this is the first process; returns the word's number."""
@@ -189,6 +202,7 @@ class Processes:
             except TimeoutError:
                 pass
             except RuntimeError as error:
+                self._lost = True
                 raise StoppedError(f"process 0 cannot be reached: {_first_line(error)}") from error
         self.progress()
         self._ended = word.kind in ("stop", "fail", "end")
@@ -254,6 +268,7 @@ class Processes:
         except RuntimeError as error:
             time.sleep(2 * _LISTEN)  # the other may be about to say why
             self._check_failed()
+            self._lost = True
             raise StoppedError(
                 f"an update failed, as if another process was lost: {_first_line(error)}"
             ) from error
