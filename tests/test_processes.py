@@ -51,15 +51,8 @@ def together(directory, episodes, count=2, fault=""):
         command += [str(count), str(rank), address]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOY_FAULT": fault}
         with open(directory.with_suffix(f".{rank}.log"), "a") as log:
-            started.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=_heed)
-            )
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     return started
-
-
-def _heed():
-    """In the background, shells have their children ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def said(directory):

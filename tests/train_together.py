@@ -5,6 +5,7 @@ python train_together.py RUN EPISODES COUNT RANK HOST:PORT
 
 import dataclasses
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -79,4 +80,5 @@ def faulty(kind, update, dispatch):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     cli.run(main)
