@@ -18,15 +18,17 @@ import pytest
 import train_together
 from conftest import FAULTS
 from rich.console import Console
-from toy import make_counting
+from toy import CONFIG, make_counting
 from train_together import HEARTBEAT, WATCHDOG
 
 from valdi_jax.config import LearnConfig
 from valdi_jax.errors import UsageError
 from valdi_jax.run import checkpoint
+from valdi_jax.run.learner import place, sharing
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.run.processes import start
 from valdi_jax.train import train
+from valdi_jax.updates import shardings
 
 HERE = Path(__file__).parent
 SLACK = 30  # seconds more that any end may take, on a machine that does other work too
@@ -105,6 +107,19 @@ def test_processes_that_cannot_be_found_are_asked_for(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     with pytest.raises(UsageError, match=r"--learn\.processes 2: .*--learn\.coordinator HOST"):
         start(LearnConfig(processes=2))
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    with pytest.raises(UsageError, match=r"--learn\.devices is 3; 2 processes cannot have"):
+        shardings(6, 3)
+    assert sharing(CONFIG) == 2, "one of each"
+    assert place(train_together.EXAMPLE, CONFIG) == "host"
+    with pytest.raises(UsageError, match=r"--replay\.placement device is for one process"):
+        place(train_together.EXAMPLE, CONFIG.replace(replay={"placement": "device"}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert sharing(CONFIG) == 4, "as many as split a batch of 8, two of each"
 
 
 def count(fault, outcome="held"):
