@@ -52,7 +52,17 @@ def pytest_configure(config):
 
 
 # The files that take longest, so that no process is left alone with one at the end.
-DEAREST = ("devices", "readme", "learning", "faults", "commands", "train", "extending", "parity")
+DEAREST = (
+    "devices",
+    "processes",
+    "readme",
+    "learning",
+    "faults",
+    "commands",
+    "train",
+    "extending",
+    "parity",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -152,14 +152,14 @@ def test_a_symbolic_link_in_a_run_is_not_written_through(run, tmp_path):
 
 
 def test_a_run_whose_directory_is_moved_stops_and_says_so(tmp_path, monkeypatch):
-    collect = Environments.collect
+    drive = Environments.drive
 
     def moving(self, *arguments):
         if (tmp_path / "run").exists() and len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1:
             (tmp_path / "run").rename(tmp_path / "elsewhere")
-        return collect(self, *arguments)
+        return drive(self, *arguments)
 
-    monkeypatch.setattr(Environments, "collect", moving)
+    monkeypatch.setattr(Environments, "drive", moving)
     with pytest.raises(StoppedError, match="was moved or deleted"):
         go(tmp_path / "run", 4)
     assert not (tmp_path / "run").exists()
@@ -541,7 +541,7 @@ def test_the_first_error_is_never_hidden_by_one_of_saving(tmp_path, monkeypatch)
     def broken(self, *_):
         raise OSError("the road is closed")
 
-    monkeypatch.setattr(Environments, "collect", broken)
+    monkeypatch.setattr(Environments, "drive", broken)
     monkeypatch.setattr(checkpoint, "save", failing)
     with pytest.raises(OSError, match="the road is closed"):
         go(tmp_path / "run")

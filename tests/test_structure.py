@@ -38,6 +38,7 @@ ORDER = [
         "run.checkpoint",
         "run.video",
         "run.wandb",
+        "run.processes",
         "run.learner",
     ),
     *("run.log", "run.display", "run.reporter", "run.rounds", "run.saver", "run.loop"),

@@ -565,14 +565,14 @@ class FullDisk:
 @pytest.mark.parametrize("full", [{2}, {2, 3}, {0, 1, 2, 3}])
 def test_a_run_survives_a_full_disk(straight, tmp_path, monkeypatch, full):
     _, state, _ = straight
-    disk, collect, episodes = FullDisk(monkeypatch), Environments.collect, itertools.count()
+    disk, drive, episodes = FullDisk(monkeypatch), Environments.drive, itertools.count()
 
-    def collecting(*args):
-        rollouts = collect(*args)
+    def driving(*args):
+        rollouts = drive(*args)
         disk.full = next(episodes) in full
         return rollouts
 
-    monkeypatch.setattr(Environments, "collect", collecting)
+    monkeypatch.setattr(Environments, "drive", driving)
     config = CONFIG.replace(checkpoint={"every": 1})
     after, output = run(tmp_path / "run", 5, config=config)
     assert {"_write_arrays", "fsync"} <= set(disk.refused)

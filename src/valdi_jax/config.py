@@ -412,6 +412,18 @@ class LearnConfig:
     devices: Natural = 0
     """Devices that share an update; 0 for all accelerators that split the batch evenly, or one on a
     CPU, which a single update already fills."""
+    processes: Natural = 1
+    """Processes that share an update, all started with the same options; 0 for as many as Slurm, or
+    another cluster that JAX knows, has started."""
+    coordinator: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")] = ""
+    """Where the first of several processes listens; by default what JAX finds out."""
+    rank: Annotated[int, Field(ge=-1)] = -1
+    """Number of this process among several, from 0; -1 for what JAX finds out."""
+    heartbeat: Count = 100
+    """Seconds without a sign of life, after which one of several processes is lost and all end."""
+    watchdog: Natural = 1800
+    """Seconds without an update or a new episode, after which each of several processes ends; more
+    than a round with its evaluation takes. 0 for any time."""
     nonfinite_limit: Count = 10
     """Stop training after this many consecutive updates with a non-finite loss or gradient, or this
     many consecutive episodes without a finite planner score."""
@@ -548,7 +560,10 @@ class Config:
 
         Compiled functions take this one, so that e.g. another seed does not recompile.
         """
-        host = ("updates_per_step", "updates_per_dispatch", "devices", "nonfinite_limit")
+        host = (
+            *("updates_per_step", "updates_per_dispatch", "devices", "nonfinite_limit"),
+            *("processes", "coordinator", "rank", "heartbeat", "watchdog"),
+        )
         defaults: dict[str, Any] = {
             f.name: f.default for f in dataclasses.fields(LearnConfig) if f.name in host
         }

@@ -159,8 +159,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments = parse_arguments(argv)
     import_modules(arguments.imports)
-    from valdi_jax import compilation
+    import jax
 
+    from valdi_jax import compilation
+    from valdi_jax.run import processes
+
+    processes.start(arguments.config.learn)  # before any use of a device
     compilation.cache_compilations()
     # Unique also among the jobs of an array that start in the same second.
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
@@ -171,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
     )
     with contextlib.ExitStack() as stack:
         on_record = None
-        if "wandb" in arguments.log:
+        if "wandb" in arguments.log and not jax.process_index():
             from valdi_jax.run.wandb import WandB
 
             on_record = stack.enter_context(WandB(run_dir, arguments.config))

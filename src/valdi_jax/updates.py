@@ -147,13 +147,46 @@ def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedShardi
         return None
     if devices > jax.device_count():
         raise UsageError(f"--learn.devices is {devices}; there are {jax.device_count()}")
+    processes = jax.process_count()
+    if devices % processes:
+        raise UsageError(
+            f"--learn.devices is {devices}; {processes} processes cannot have equally many of them"
+        )
     if batch_size % devices:
         raise UsageError(
             f"--learn.batch-size is {batch_size}; {devices} devices cannot share it evenly: "
             "give another --learn.devices"
         )
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    # Equally many of each process, which then holds consecutive rows.
+    chosen = [
+        device
+        for process in range(processes)
+        for device in _devices_of(process)[: devices // processes]
+    ]
+    mesh = Mesh(np.array(chosen), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def _devices_of(process: int) -> list[jax.Device]:
+    return [device for device in jax.devices() if device.process_index == process]
+
+
+def replicate(tree: Any, where: NamedSharding) -> Any:
+    """The same values on all devices, which each process has already: none are sent."""
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)
+    devices = where.mesh.local_devices
+    return jax.tree.map(
+        lambda x: jax.make_array_from_single_device_arrays(
+            x.shape, where, [jax.device_put(x, device) for device in devices]
+        ),
+        tree,
+    )
+
+
+def compile_update(state: AgentState, batch: Batch, *, config: Config) -> None:
+    """Compile `update` for these arguments without making one."""
+    _jitted_update.lower(state, batch, config=config.graph).compile()
 
 
 def apply_update(

@@ -591,7 +591,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
     """
     if not (checkpoint / "training").is_dir():
         raise UsageError(f"{checkpoint} holds parameters only: it can be evaluated, not resumed")
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         averaged = "params" in _stored(checkpointer, checkpoint / "training")
     begun_with = config.replace(learn={"average": float(averaged)})
     template = jax.eval_shape(
@@ -663,7 +663,16 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
     """Write one episode of the replay buffer atomically; returns the file's checksum."""
     path = _episode_path(run_dir, number)
     path.parent.mkdir(exist_ok=True)
-    arrays = {
+    return _write_arrays(path, _episode_arrays(episode))
+
+
+def pack_episode(episode: Episode) -> bytes:
+    """The content of an episode's file."""
+    return _pack(_episode_arrays(episode))
+
+
+def _episode_arrays(episode: Episode) -> dict[str, np.ndarray | None]:
+    return {
         "actions": episode.actions,
         "rewards": episode.rewards,
         "flags": np.array([episode.terminated, episode.truncated]),
@@ -671,7 +680,6 @@ def save_episode(run_dir: Path, number: int, episode: Episode) -> str:
         "image": episode.observations.image,
         "vector": episode.observations.vector,
     }
-    return _write_arrays(path, arrays)
 
 
 def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
@@ -691,7 +699,14 @@ def save_batch(run_dir: Path, number: int, batch: Batch) -> Path:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
-    """Write the arrays that are not None to an .npz file, atomically.
+    """Write an .npz file atomically; returns its checksum."""
+    content = _pack(arrays)
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _pack(arrays: dict[str, np.ndarray | None]) -> bytes:
+    """The arrays that are not None as an .npz file.
 
     Equal arrays give equal bytes, because no date is written.
     """
@@ -704,17 +719,18 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray | None]) -> str:
                 np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
                 member = zipfile.ZipInfo(f"{name}.npy")
                 file.writestr(member, buffer.getbuffer(), zipfile.ZIP_DEFLATED, compresslevel=1)
-    write_atomic(path, content.getbuffer())
-    return hashlib.sha256(content.getbuffer()).hexdigest()
+    return content.getvalue()
 
 
-def _read_arrays(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, np.ndarray]:
+def _unpack(
+    packed: Path | IO[bytes], check: Callable[[dict[str, Any]], None]
+) -> dict[str, np.ndarray]:
     """Read an .npz file, after ``check`` of all headers: (shape, dtype) of every array by name.
 
     Nothing is allocated before. ``check`` raises ValueError if they are wrong.
     """
     headers, arrays = {}, {}
-    with zipfile.ZipFile(path) as file:
+    with zipfile.ZipFile(packed) as file:
         for info in file.infolist():
             with file.open(info) as member:
                 version = np.lib.format.read_magic(member)
@@ -742,6 +758,19 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
         UsageError: if it is missing, cannot be read, or is of another environment.
     """
     path = _episode_path(run_dir, number)
+    try:
+        return _read_episode(path, example, config)
+    except _DAMAGED as error:
+        raise UsageError(f"cannot read the episode {path}: {error!r}") from error
+
+
+def unpack_episode(content: bytes, example: Observation, config: Config) -> Episode:
+    """`load_episode` from the content of its file."""
+    return _read_episode(io.BytesIO(content), example, config)
+
+
+def _read_episode(packed: Path | IO[bytes], example: Observation, config: Config) -> Episode:
+    """Raises one of _DAMAGED."""
 
     def check(given: dict[str, Any]) -> None:
         length = given["rewards"][0][0]
@@ -759,19 +788,16 @@ def load_episode(run_dir: Path, number: int, example: Observation, config: Confi
         if not length or given != expected:
             raise ValueError(f"it holds {given}, not {expected}"[:1000])
 
-    try:
-        arrays = _read_arrays(path, check)
-        terminated, truncated = (bool(flag) for flag in arrays["flags"])
-        return Episode(
-            observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
-            actions=arrays["actions"],
-            rewards=arrays["rewards"],
-            terminated=terminated,
-            truncated=truncated,
-            seed=int(arrays["seed"]),
-        )
-    except _DAMAGED as error:
-        raise UsageError(f"cannot read the episode {path}: {error!r}") from error
+    arrays = _unpack(packed, check)
+    terminated, truncated = (bool(flag) for flag in arrays["flags"])
+    return Episode(
+        observations=Observation(image=arrays.get("image"), vector=arrays.get("vector")),
+        actions=arrays["actions"],
+        rewards=arrays["rewards"],
+        terminated=terminated,
+        truncated=truncated,
+        seed=int(arrays["seed"]),
+    )
 
 
 def prune_episodes(run_dir: Path, *, before: int) -> None:
@@ -804,9 +830,23 @@ def _check_space(directory: Path, state: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax in this process alone: by default it waits for all to write or read together."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    rank = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"process_{rank}"
+        )
+    )
+
+
 def _save_tree(path: Path, tree: Any) -> None:
+    if jax.process_count() > 1:  # of several, Orbax takes no arrays of one
+        tree = jax.device_get(tree)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree)
     except ValueError as error:  # Orbax raises this for a full disk
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -819,7 +859,7 @@ def _load_tree(path: Path, template: Any) -> Any:
 
     Without a template, restore the stored nested dict.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         stored = _stored(checkpointer, path)
         if template is None:
             template = stored

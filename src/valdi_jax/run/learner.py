@@ -26,8 +26,16 @@ from valdi_jax.observation import Observation
 from valdi_jax.planners import PLANNERS
 from valdi_jax.registry import Registry
 from valdi_jax.run import checkpoint
+from valdi_jax.run.processes import Processes
 from valdi_jax.types import AgentState, Array, Batch, Params
-from valdi_jax.updates import observe, shardings, update, update_from_store
+from valdi_jax.updates import (
+    compile_update,
+    observe,
+    replicate,
+    shardings,
+    update,
+    update_from_store,
+)
 
 _STORE_SHARE = 0.8  # largest share of the device's free memory for the replay buffer
 
@@ -42,6 +50,7 @@ class Learner:
         run_dir: where the batches of non-finite updates are saved.
         say: called with a message about such an update.
         recorded: episodes that stay in the replay buffer.
+        processes: those that share its updates, each with a learner and all of its episodes.
 
     Attributes:
         state: the agent after the last update.
@@ -63,20 +72,26 @@ class Learner:
         run_dir: Path,
         say: Callable[[str], None],
         recorded: Sequence[Episode] = (),
+        processes: Processes | None = None,
     ):
         self.replay = Replay(config, longest=max(map(len, recorded), default=0))
         self.updates = int(state.step)
-        self._config = config
+        self._config, self._example = config, example
         self._run_dir = run_dir
         self._say = say
         self._refused = 0  # consecutive non-finite updates
         self._waiting = False  # whether the lack of a usable episode was reported
         self._under_way: _Dispatch | None = None
+        self._processes = processes or Processes()
+        self._compiled = False  # in all processes
         self.devices = sharing(config)
         self._split: NamedSharding | None
         whole, self._split = shardings(config.learn.batch_size, self.devices) or (None, None)
         # A single device is named too, as in a loaded state, or the update compiles for each.
-        self.state = jax.device_put(state, whole or jax.local_devices()[0])
+        if whole is None:
+            self.state = jax.device_put(state, jax.local_devices()[0])
+        else:
+            self.state = replicate(state, whole)
         self.placement = place(example, config, len(recorded))
         self._store: Store | None = None
         if self.placement == "device":
@@ -88,27 +103,54 @@ class Learner:
         for episode in recorded:
             self._put(self.replay.give, episode)
 
+    @property
+    def local(self) -> AgentState:
+        """The state on devices of this process alone; an update donates it too."""
+        return _local(self.state) if self._processes.several else self.state
+
     @contextlib.contextmanager
     def planning(self) -> Iterator[Params]:
-        """Context in which all devices share the candidates of a plan; yields its parameters."""
-        params = self.state.acting
-        if jax.device_count() == 1:
+        """Context in which this process's devices share a plan's candidates; yields parameters."""
+        params = self.local.acting
+        if jax.local_device_count() == 1:
             yield params
             return
-        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        mesh = Mesh(np.array(jax.local_devices()), ("devices",))
         with jax.set_mesh(mesh):
             yield jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     def snapshot(self) -> Params:
         """A copy of the parameters on one device, which outlasts the updates that donate them."""
-        return jax.device_put(jax.tree.map(jnp.copy, self.state.acting), jax.local_devices()[0])
+        return jax.device_put(jax.tree.map(jnp.copy, self.local.acting), jax.local_devices()[0])
 
     def add(self, episode: Episode) -> None:
-        """Add a new episode."""
+        """Add a new episode, in all processes."""
+        if self._processes.leads:
+            self._processes.tell("episode", checkpoint.pack_episode(episode))
+        self._processes.progress()
         self.restore(episode)
         # An encoder that does not learn could not follow its normaliser.
         if any("encoder" in TERMS[name].trains for name in self._config.learn.terms):
             self.state = observe(self.state, episode.observations.vector)
+
+    def follow(self, interrupt: Callable[[], None]) -> None:
+        """Do as the first process says until it ends; ``interrupt`` raises if a signal came.
+
+        Raises:
+            cli.Interrupted: if the first stops because of a signal to any process.
+            StoppedError: if the first fails, or this learner differs from its.
+        """
+        while (word := self._processes.receive(interrupt)).kind != "end":
+            if word.kind == "episode":
+                self.add(checkpoint.unpack_episode(word.body, self._example, self._config))
+                continue
+            if int(word.body) != self.updates:
+                raise StoppedError(
+                    f"process {self._processes.rank} has made {self.updates} updates, process 0 "
+                    f"{int(word.body)}"
+                )
+            self._dispatch(1, [])
+        self._judge([])
 
     def restore(self, episode: Episode) -> None:
         """Add an episode that the normaliser has already seen."""
@@ -133,7 +175,11 @@ class Learner:
         if any(leaf.is_deleted() for leaf in leaves):
             raise StoppedError("the agent was lost in an update that failed")
         floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        if not all(np.isfinite(leaf).all() for leaf in jax.device_get(floats)):
+        try:
+            on_host = jax.device_get(floats)
+        except RuntimeError as error:  # as when another process was lost in it
+            raise StoppedError("the agent was lost in an update that failed") from error
+        if not all(np.isfinite(leaf).all() for leaf in on_host):
             raise StoppedError("the agent's parameters are not finite")
 
     def learn(
@@ -170,6 +216,7 @@ class Learner:
     def _dispatch(self, most: int, metrics: list[dict[str, float]]) -> None:
         """Start the next updates, after checking the previous ones."""
         config, first = self._config, self.updates
+        told = self._processes.tell("update", str(first))
         size = 1 if self._store is None else config.learn.updates_per_dispatch
         count = min(most, size)
         segments = [
@@ -179,7 +226,16 @@ class Learner:
             for i in range(count)
         ]
         batch = None
-        if self._store is None:
+        if self._processes.several:
+            rows = self._gather_rows(segments[0])
+            self._judge(metrics)
+            if not self._compiled:  # before any waits for another, as devices do so for seconds
+                compile_update(self.state, rows, config=config)
+                self._processes.meet("compiled")
+                self._compiled = True
+            with self._processes.updating():
+                self.state, values = update(self.state, rows, config=config)
+        elif self._store is None:
             batch = self.replay.gather(segments[0])
             # Gathering overlaps with the device's work, but only one batch ahead.
             self._judge(metrics)
@@ -197,7 +253,16 @@ class Learner:
                 self.state, self._store, stacked, np.int32(count), config=config
             )
         self.updates += count
-        self._under_way = _Dispatch(first, segments, batch, values)
+        self._under_way = _Dispatch(first, segments, batch, values, told)
+
+    def _gather_rows(self, segments: Segments) -> Batch:
+        """A batch over all processes, each of which gathers its own rows."""
+        processes, split = self._processes, self._split
+        assert split is not None
+        count = self._config.learn.batch_size // processes.count
+        own = slice(processes.rank * count, (processes.rank + 1) * count)
+        batch = self.replay.gather(jax.tree.map(lambda x: x[own], segments))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
 
     def _judge(self, metrics: list[dict[str, float]]) -> None:
         """Wait for the dispatched updates, and save the batches of those that were refused.
@@ -208,7 +273,9 @@ class Learner:
         done, self._under_way = self._under_way, None
         if done is None:
             return
-        values = {name: np.atleast_1d(value) for name, value in done.values.items()}
+        with self._processes.updating():
+            values = {name: np.atleast_1d(value) for name, value in done.values.items()}
+        self._processes.forget(done.told)
         for i, segments in enumerate(done.segments):
             one = {name: float(value[i]) for name, value in values.items()}
             metrics.append(one)
@@ -221,6 +288,9 @@ class Learner:
         limit = self._config.learn.nonfinite_limit
         names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
         sentence = f"{names} not finite in update {number}, which was refused"
+        if self._processes.follows:
+            self._stop_at_limit(sentence)
+            return
         try:
             path = checkpoint.save_batch(self._run_dir, number, batch)
             sentence += f"; its batch is in {path}"
@@ -229,6 +299,10 @@ class Learner:
         except OSError as error:
             sentence += f"; its batch cannot be kept: {error.strerror}"
         self._say(f"warning: {sentence}")
+        self._stop_at_limit(sentence)
+
+    def _stop_at_limit(self, sentence: str) -> None:
+        limit = self._config.learn.nonfinite_limit
         if self._refused >= limit:
             raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
 
@@ -240,6 +314,12 @@ class _Dispatch(NamedTuple):
     segments: list[Segments]  # of each
     batch: Batch | None  # of the only one, if gathered on the host
     values: dict[str, Array]  # their metrics
+    told: int  # number of the word on them to other processes
+
+
+def _local(tree: Any) -> Any:
+    """Replicated arrays on one device of this process, without a copy."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def check_names(config: Config) -> None:
@@ -288,21 +368,30 @@ def check(example: Observation, config: Config) -> None:
 def sharing(config: Config) -> int:
     """Number of devices that share an update.
 
-    As many as requested; else one on a CPU, or as many accelerators as split the batch evenly.
+    As many as requested; else one of each process on a CPU, or as many accelerators as split the
+    batch evenly, equally many of each process.
     """
+    processes = jax.process_count()
     if config.learn.devices or jax.default_backend() == "cpu":
-        return config.learn.devices or 1
-    divisors = range(1, jax.device_count() + 1)
-    return max(n for n in divisors if config.learn.batch_size % n == 0)
+        return config.learn.devices or processes
+    divisors = range(processes, jax.device_count() + 1, processes)
+    return max((n for n in divisors if config.learn.batch_size % n == 0), default=processes)
 
 
 def place(example: Observation, config: Config, recorded: int = 0) -> str:
     """Where a run's segments, of so many recorded episodes too, are gathered: device or host.
 
     Raises:
-        UsageError: if the device is requested, and the episodes have no known limit.
+        UsageError: if the device is requested, and the episodes have no known limit or several
+            processes learn.
     """
     asked = config.replay.placement
+    if jax.process_count() > 1:
+        if asked == "device":
+            raise UsageError(
+                "--replay.placement device is for one process; several gather on the host"
+            )
+        return "host"
     if asked == "device":
         store_shapes(example, config)  # raises
     if asked != "auto":

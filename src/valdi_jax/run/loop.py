@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import time
@@ -30,6 +31,7 @@ from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
+from valdi_jax.run.processes import Processes, start
 from valdi_jax.run.reporter import Reporter
 from valdi_jax.run.rounds import Rounds
 from valdi_jax.run.saver import Saver
@@ -42,7 +44,10 @@ _CHANGEABLE = (
     *("collect.episodes", "collect.worker_timeout", "collect.cluster", "collect.actors"),
     *("eval.", "checkpoint."),
     *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
+    *("learn.heartbeat", "learn.watchdog"),
 )
+# Of each start, and of each process: a run does not keep them.
+_OF_THE_START = {"processes": 1, "coordinator": "", "rank": -1}
 
 
 def train(
@@ -57,6 +62,31 @@ def train(
     data: Iterable[Any] | None = None,
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
+    start(config.learn)
+    with Processes(config.learn.watchdog) as processes:
+        return _train(
+            *(config.replace(learn=_OF_THE_START), run_dir, processes),
+            make=make,
+            resume=resume,
+            init_from=init_from,
+            console=console,
+            on_record=on_record,
+            data=data,
+        )
+
+
+def _train(
+    config: Config,
+    run_dir: Path,
+    processes: Processes,
+    *,
+    make: Callable[..., gym.Env],
+    resume: bool,
+    init_from: Path | None,
+    console: Console | None,
+    on_record: Callable[[dict[str, Any]], object] | None,
+    data: Iterable[Any] | None,
+) -> AgentState:
     if resume:
         _belongs(run_dir, make)
     if data is not None:
@@ -82,7 +112,14 @@ def train(
     _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
     with contextlib.ExitStack() as stack:
         stack.callback(source.close)
-        interrupt = stack.enter_context(cli.interruptible())
+        signalled = stack.enter_context(cli.interruptible())
+        if processes.follows:
+            return _follow(source, recorded, processes, signalled)
+
+        def interrupt() -> None:
+            signalled()
+            processes.check()
+
         lock = stack.enter_context(checkpoint.lock(run_dir))
         if resume:
             _may_resume(run_dir, config)
@@ -91,13 +128,11 @@ def train(
             checkpoint.create_run(*(run_dir, config, given), made_by=made_by, data=digest(recorded))
         known = resume or init_from is not None
         recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
-        if recovered.checkpoint is None:  # also if a run ended before its first checkpoint
-            state, progress, under_way = _first_state(source), Progress(), []
-            state = fit_scalers(state, recorded, config=config)
-            for episode in recorded:
-                state = observe(state, episode.observations.vector)
-        else:
-            state, progress = checkpoint.load(recovered.checkpoint, source.example, config)
+        if processes.leads:
+            processes.tell("begin", _beginning(config, run_dir, recorded, recovered))
+        state, progress = _begin(source, recorded, recovered.checkpoint)
+        under_way = []
+        if recovered.checkpoint is not None:
             under_way = checkpoint.load_rounds(recovered.checkpoint, source.example, config)
         if config.collect.episodes < progress.episodes:
             raise UsageError(
@@ -126,14 +161,17 @@ def train(
             run_dir=run_dir,
             say=reporter.say,
             recorded=recorded,
+            processes=processes,
         )
         for number in recovered.digests:
             episode = checkpoint.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
-        if (devices := jax.device_count()) > 1:
+        if jax.device_count() > 1:
             samples = PLANNERS[config.planner.kind].plan is not None
-            planning = 1 if config.collect.lag or config.collect.cluster or samples else devices
-            reporter.say(f"planning on {planning} devices, learning on {learner.devices}")
+            alone = config.collect.lag or config.collect.cluster or samples
+            planning = 1 if alone else jax.local_device_count()
+            shared = f" of {processes.count} processes" if processes.several else ""
+            reporter.say(f"planning on {planning} devices, learning on {learner.devices}{shared}")
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
         stack.enter_context(reporter.live())
@@ -144,7 +182,77 @@ def train(
             *(lock, run_dir, config, learner, progress, rounds, recovered), say=reporter.say
         )
         _loop(config, source, learner, rounds, saver, reporter, progress, interrupt)
-    return learner.state
+    return learner.local
+
+
+def _begin(
+    source: Source, recorded: Sequence[Episode], found: Path | None
+) -> tuple[AgentState, Progress]:
+    """The agent and its counters, from a checkpoint if there is one."""
+    config = source.config
+    if found is not None:
+        return checkpoint.load(found, source.example, config)
+    # Also if a run ended before its first checkpoint.
+    state = fit_scalers(_first_state(source), recorded, config=config)
+    for episode in recorded:
+        state = observe(state, episode.observations.vector)
+    return state, Progress()
+
+
+def _beginning(
+    config: Config, run_dir: Path, recorded: Sequence[Episode], recovered: checkpoint.Recovered
+) -> str:
+    """What other processes have to know to begin as this one does."""
+    found = recovered.checkpoint
+    return json.dumps(
+        {
+            "config": to_dict(config),
+            "run_dir": str(run_dir.absolute()),
+            "checkpoint": found and str(found.absolute()),
+            "replay": list(recovered.digests),
+            "data": digest(recorded),
+        }
+    )
+
+
+def _follow(
+    source: Source,
+    recorded: Sequence[Episode],
+    processes: Processes,
+    interrupt: Interrupt,
+) -> AgentState:
+    """Learn as the first process says, which does all else.
+
+    Raises:
+        UsageError: if this process has other options or data, or cannot read the run's directory.
+    """
+    config = source.config
+    begun = json.loads(processes.receive(interrupt).body)
+    theirs, ours = dict(leaves(begun["config"])), dict(leaves(to_dict(config)))
+    for name, value in json.loads(json.dumps(ours)).items():
+        if value != theirs[name]:
+            raise UsageError(
+                f"process {processes.rank} has another {name} than process 0: {value}, not "
+                f"{theirs[name]}"
+            )
+    if digest(recorded) != begun["data"]:
+        raise UsageError(f"process {processes.rank} has other recorded data than process 0")
+    run_dir, found = Path(begun["run_dir"]), begun["checkpoint"]
+    if found and not Path(found).is_dir():
+        raise UsageError(f"process {processes.rank} has no {found}: all need the run's directory")
+    state, _ = _begin(source, recorded, found and Path(found))
+    learner = Learner(
+        *(state, source.example),
+        config=config,
+        run_dir=run_dir,
+        say=lambda sentence: None,
+        recorded=recorded,
+        processes=processes,
+    )
+    for number in begun["replay"]:
+        learner.restore(checkpoint.load_episode(run_dir, number, source.example, config))
+    learner.follow(interrupt)
+    return learner.local
 
 
 def _loop(

@@ -82,7 +82,7 @@ class Saver:
             self._digests = {n: digest for n, digest in self._digests.items() if n >= first}
             checkpoint.save(
                 self.run_dir,
-                self._learner.state,
+                self._learner.local,
                 self._progress,
                 keep=self._config.checkpoint.keep,
                 replay=self._digests,
