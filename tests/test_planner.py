@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from valdi_jax import model, planners
+from valdi_jax.config import validate
 from valdi_jax.data.rollout import first_carries, plan_batch
+from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
 from valdi_jax.observation import Observation
 from valdi_jax.planners import cem as cem_module
@@ -263,6 +265,44 @@ def test_shared_noise_gives_equal_candidates_equal_scores(monkeypatch):
         each = dataclasses.replace(config, planner=settings)
         planners._plan.__wrapped__(params, first, jax.random.key(0), 0.0, None, config=each)
     assert spreads[True] < 1e-5 < spreads[False]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("futures", [1, 3])
+def test_a_score_is_the_mean_over_futures(agent, monkeypatch, futures, shared):
+    config, params, _, first = agent
+    config = config.replace(planner={"futures": futures, "shared_noise": shared})
+    sequences = jax.random.normal(jax.random.key(1), (4, *config.search_shape))
+    score_key = jax.random.key(2)
+    found = {}
+
+    def score_once(score_fn, mean, std, key, **kwargs):
+        found["scores"] = score_fn(sequences, score_key)
+        return cem(score_fn, mean, std, key, **kwargs)
+
+    monkeypatch.setattr(cem_module, "cem", score_once)
+    planners._plan.__wrapped__(params, first, jax.random.key(0), 0.0, None, config=config)
+    shape = config.model.horizon, config.model.latent_dim
+    if shared:
+        key = jax.random.split(jax.random.key(0), 4)[1]
+        noise = jax.random.normal(key, (futures, *shape) if futures > 1 else shape)
+        noise = jnp.broadcast_to(noise, (4, futures, *shape))
+    else:
+        noise = jax.random.normal(score_key, (4 * futures, *shape)).reshape(4, futures, *shape)
+    z = model.encode(params, first, config=config)
+    chunks = jnp.tanh(sequences).reshape(4, config.model.horizon, -1)
+    singles = [
+        predicted_return(params, z, chunks, noise[:, i], config=config, steps=1)
+        for i in range(futures)
+    ]
+    assert np.std(np.mean(singles, axis=0)) > 1e-3
+    np.testing.assert_allclose(found["scores"], np.mean(singles, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_futures_are_for_searches():
+    config = PRESETS["diffuser"].replace(planner={"futures": 2})
+    with pytest.raises(UsageError, match=r"--planner.futures is 2; it is for searches"):
+        validate(config)
 
 
 def test_all_candidates_are_imagined_in_one_batched_call(agent, monkeypatch):

@@ -1,0 +1,170 @@
+"""How much of a candidate's score is the luck of its noise draw, against diffusion steps.
+
+python experiments/step_luck.py carracing --steps 1 2 4 8 --json luck.json
+
+At states of the first episode, two populations of candidates as CEM sees them: first from the
+standard normal, last from the mean and standard deviation of the agent's plan there. They are
+scored under draws of their own and under shared ones, the same for every number of steps. Printed
+are means and standard errors over states, in rewards:
+
+    luck        standard deviation of one candidate's score over draws
+    merit       standard deviation between candidates' mean scores, without the noise of these
+    share       luck's share of the variance between scores: luck^2 / (luck^2 + merit^2)
+    left        luck that is left where candidates share a draw: what it does not add to all alike
+
+and of the candidate that wins by a score of one draw, or by the mean over several:
+
+    top         how often it is among the best tenth by its mean score
+    optimism    its score minus its mean score
+    regret      the best candidate's mean score minus its own
+
+Mean scores are over further draws: half of them find the best, half say what each is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import evidence
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from valdi_jax import Agent, model
+from valdi_jax.config import Config
+from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.evaluate import evaluate, summary
+from valdi_jax.planners.base import correlated_normal, hold
+from valdi_jax.planners.scoring import predicted_return
+from valdi_jax.types import Array, Params
+
+FUTURES = 4  # whose mean is a score, besides that of one
+WAYS = ("own", "shared", f"own, {FUTURES} futures", f"shared, {FUTURES} futures")
+QUICK: dict[str, Any] = {"steps": [1, 2], "states": 2, "candidates": 16, "draws": 8}
+
+
+def spreads(own: np.ndarray, shared: np.ndarray) -> dict[str, float]:
+    """Luck, merit, share and left of scores [N, M] under own and under shared draws."""
+    luck = own.var(axis=1, ddof=1).mean()
+    merit = max(own.mean(axis=1).var(ddof=1) - luck / own.shape[1], 0.0)
+    rest = shared - shared.mean(axis=0) - shared.mean(axis=1, keepdims=True) + shared.mean()
+    left = (rest**2).sum() / ((shared.shape[0] - 1) * (shared.shape[1] - 1))
+    share = luck / (luck + merit) if luck else 0.0
+    return {"luck": luck**0.5, "merit": merit**0.5, "share": share, "left": left**0.5}
+
+
+def choices(scores: np.ndarray, further: np.ndarray) -> dict[str, float]:
+    """Top, optimism and regret of the winners of scores [N, M], by further scores [N, any]."""
+    rank, worth = (half.mean(axis=1) for half in np.array_split(further, 2, axis=1))
+    winners, best = scores.argmax(axis=0), rank.argsort()[::-1]
+    return {
+        "top": np.isin(winners, best[: -(-len(best) // 10)]).mean(),
+        "optimism": (scores.max(axis=0) - worth[winners]).mean(),
+        "regret": (worth[best[0]] - worth[winners]).mean(),
+    }
+
+
+def populations(agent: Agent, states: int, candidates: int) -> tuple[Array, dict[str, Array]]:
+    """Latents [P, D] spread over the first episode, and actions [P, N, H, C * A] there."""
+    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
+    at = np.linspace(0, len(driven.plan_seconds) - 1, states).round().astype(int)
+    observations = jax.tree.map(lambda x: x[at], driven.episode.observations)
+    plans, config = agent.plan(observations), agent.config
+    shape = (states, candidates, *config.search_shape)
+    noise = correlated_normal(jax.random.key(1), shape, correlation=config.planner.correlation)
+    noise = hold(noise, config.planner.action_hold)
+    drawn = {"first": noise, "last": plans.mean[:, None] + plans.std[:, None] * noise}
+    shape = (states, candidates, config.model.horizon, -1)
+    chunks = {name: jnp.tanh(x).reshape(shape) for name, x in drawn.items()}
+    return model.encode(agent.params, observations, config=config), chunks
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def score(
+    params: Params, z: Array, chunks: Array, keys: Array, shared: Array, *, config: Config
+) -> Array:
+    """Scores [N, M] of candidates [N, H, C * A] from z [D], under draws [M] shared or not."""
+    shape = chunks.shape[0], config.model.horizon, config.model.latent_dim
+
+    def of_draw(draw: tuple[Array, Array]) -> Array:
+        key, shared = draw
+        noise = jax.random.normal(key, shape)
+        noise = jnp.where(shared, noise[:1], noise)
+        return predicted_return(params, z, chunks, noise, config=config, steps=steps)
+
+    steps = config.planner.diffusion_steps
+    return jax.lax.map(of_draw, (keys, shared)).T / config.learn.reward_scale
+
+
+def measure(agent: Agent, steps: int, z: Array, chunks: Array, draws: int) -> dict[str, Any]:
+    """Means over states z [P, D] and their candidates [P, N, H, C * A], with standard errors."""
+    config = agent.config.replace(planner={"diffusion_steps": steps}).graph
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("spreads", *WAYS)}
+    is_shared = jnp.arange(3 * draws) >= draws
+    for index in range(len(z)):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(2), index), 3 * draws)
+        scores = score(agent.params, z[index], chunks[index], keys, is_shared, config=config)
+        own, shared, further = np.split(np.asarray(scores, np.float64), 3, axis=1)
+        found["spreads"].append(spreads(own, shared))
+        means = [x.reshape(len(x), -1, FUTURES).mean(axis=2) for x in (own, shared)]
+        for name, chosen_by in zip(WAYS, (own, shared, *means), strict=True):
+            found[name].append(choices(chosen_by, further))
+    return {
+        group: {name: summary([numbers[name] for numbers in each]) for name in each[0]}
+        for group, each in found.items()
+    }
+
+
+def table(rows: list[dict[str, Any]], columns: list[tuple[str, str, str]]) -> str:
+    """Markdown: a row an agent, population and number of steps; columns (title, group, name)."""
+    titles = ["agent", "candidates", "steps", *(title for title, _, _ in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for r in rows:
+        cells = [Path(r["agent"]).name, r["population"], str(r["steps"])]
+        for _, group, name in columns:
+            mean, error = r[group][name]["mean"], r[group][name]["standard_error"]
+            cells.append(f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("agents", nargs="+", metavar="AGENT")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--states", type=int, default=16)
+    parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=48, help=f"a multiple of {FUTURES}")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a trial")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    if arguments.draws % FUTURES:
+        parser.error(f"--draws is {arguments.draws}; it must be a multiple of {FUTURES}")
+    counts = {name: getattr(arguments, name) for name in ("states", "candidates", "draws")}
+    rows = []
+    for name in arguments.agents:
+        agent = Agent.load(name)
+        sizes, kind = agent.config.model, agent.config.planner.kind
+        if DYNAMICS[sizes.dynamics].step or "q" in sizes.networks or kind != "cem":
+            raise SystemExit(f"{name} is no agent with diffusion steps, a value head and CEM")
+        z, both = populations(agent, arguments.states, arguments.candidates)
+        for population, chunks in both.items():
+            for steps in arguments.steps:
+                settings = {"agent": name, "population": population, "steps": steps} | counts
+                rows.append(settings | measure(agent, steps, z, chunks, arguments.draws))
+    if arguments.json:
+        evidence.write(arguments.json, rows, sys.argv)
+    print(table(rows, [(name, "spreads", name) for name in ("luck", "merit", "share", "left")]))
+    for choice in ("top", "optimism", "regret"):
+        print("\n" + table(rows, [(f"{choice}: {way}", way, choice) for way in WAYS]))
+
+
+if __name__ == "__main__":
+    main()
