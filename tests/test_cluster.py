@@ -80,26 +80,33 @@ def test_any_number_of_actors_gives_the_run_of_one_process(cluster, local, tmp_p
     assert go(tmp_path / "run", config)[0] == local
 
 
-def test_actors_with_several_environments_give_that_run_too(cluster, tmp_path):
-    config = BASE.replace(collect={"num_envs": 2, "lag": 2, "episodes_per_round": 3})
+@pytest.mark.parametrize("lag", [0, 2])
+def test_actors_with_several_environments_give_that_run_too(cluster, tmp_path, lag):
+    # Planned for in batches of four, or with a lag in two groups of two.
+    config = BASE.replace(collect={"num_envs": 4, "lag": lag, "episodes_per_round": 6})
     alone, _ = go(tmp_path / "alone", config)
     config = config.replace(collect={"cluster": cluster.address, "actors": 2})
     assert go(tmp_path / "run", config)[0] == alone
 
 
 class Killing(Counting):
-    """Kills its process at its fifth step: always, or unless a file exists."""
+    """Kills its process at its fifth step: always, or once a file exists, which it deletes."""
 
     def __init__(self, once=None, **settings):
         super().__init__(**settings)
         self.once = once
 
     def step(self, action):
-        if self.steps == 4 and not (self.once and os.path.exists(self.once)):  # noqa: PTH110
-            if self.once:
-                Path(self.once).touch()
+        if self.steps == 4 and (not self.once or self._first()):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
+
+    def _first(self):
+        try:
+            Path(self.once).unlink()  # by one process alone
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def make_killing(config, *, training, **settings):
@@ -114,12 +121,26 @@ def test_a_lost_actor_and_a_lost_node_leave_the_run_as_it_is(cluster, local, tmp
     def remove(record):
         if not removed:
             removed.append(cluster.remove_node(node, allow_graceful=False))
+            (tmp_path / "kill").touch()
 
     config = BASE.replace(collect={"cluster": cluster.address, "actors": 2})
-    make = functools.partial(make_killing, once=str(tmp_path / "killed"))
+    make = functools.partial(make_killing, once=str(tmp_path / "kill"))
     contents, said = go(tmp_path / "run", config, make, on_record=remove)
     assert sum(int(count) for count in re.findall(r"collectors lost: (\d+)", said)) == 2
     assert contents == local
+
+
+def test_fewer_machines_than_actors_go_on_with_those_that_are_left(cluster, local, tmp_path):
+    node = cluster.add_node(num_cpus=2, node_ip_address="127.0.0.4")
+    cluster.wait_for_nodes()
+    removed = []
+
+    def remove(record):
+        if not removed:
+            removed.append(cluster.remove_node(node, allow_graceful=False))
+
+    config = BASE.replace(collect={"cluster": cluster.address, "actors": 6})
+    assert go(tmp_path / "run", config, on_record=remove)[0] == local
 
 
 def test_an_environment_that_kills_every_actor_stops_the_run(cluster, tmp_path):
@@ -177,7 +198,12 @@ def start(directory):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", PROGRAM, str(directory)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -188,12 +214,14 @@ def wait_for_episode(program, number):
     raise AssertionError(program.wait())
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGUSR1, 130)]
+)
 def test_a_driver_that_is_ended_goes_on_as_if_it_had_not_been(tmp_path, signum, status):
     pytest.importorskip("ray")
     program = start(tmp_path / "run")
     wait_for_episode(program, 4)
-    program.send_signal(signum)
+    os.killpg(program.pid, signum)  # as Slurm and terminals do: also to Ray's processes
     said, _ = program.communicate(timeout=60)
     assert program.returncode == status, said
     assert start(tmp_path / "run").wait(timeout=120) == 0

@@ -114,6 +114,8 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     with pytest.raises(UsageError, match=r"--learn\.devices is 3; 2 processes cannot have"):
         shardings(6, 3)
+    with pytest.raises(UsageError, match=r"--learn\.devices is 1; 2 processes cannot have"):
+        shardings(6, 1)
     assert sharing(CONFIG) == 2, "one of each"
     assert place(train_together.EXAMPLE, CONFIG) == "host"
     with pytest.raises(UsageError, match=r"--replay\.placement device is for one process"):

@@ -668,6 +668,18 @@ def validate(config: Config) -> None:
     if collect.source == "data" and (collect.lag or collect.cluster):
         option = "--collect.lag" if collect.lag else "--collect.cluster"
         raise UsageError(f"{option} is for episodes that the agent collects, not for data alone")
+    learn = config.learn
+    for option, given in (("coordinator", learn.coordinator), ("rank", learn.rank >= 0)):
+        require(
+            not given or learn.processes != 1,
+            *(f"--learn.{option}", getattr(learn, option)),
+            "takes --learn.processes, how many there are",
+        )
+    require(
+        learn.processes < 1 or learn.rank < learn.processes,
+        *("--learn.rank", learn.rank),
+        f"must be below --learn.processes ({learn.processes})",
+    )
     require(
         collect.actors == 1 or bool(collect.cluster),
         *("--collect.actors", collect.actors),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from valdi_jax.config import Config
 from valdi_jax.data.episode import Episode
@@ -97,7 +97,9 @@ def observe(state: AgentState, vectors: np.ndarray) -> AgentState:
         return state
     before = state.params["normalizer"]
     # Keep the layout, because another one would recompile the update.
-    statistics = jax.device_put(merge(before, vectors), jax.tree.map(lambda x: x.sharding, before))
+    statistics = jax.tree.map(
+        lambda new, old: replicate(new, old.sharding), merge(before, vectors), before
+    )
     return _with_each(
         state, lambda params: {**params, "normalizer": jax.tree.map(jnp.copy, statistics)}
     )
@@ -143,7 +145,7 @@ def shardings(batch_size: int, devices: int) -> tuple[NamedSharding, NamedShardi
     Raises:
         UsageError: if there are fewer devices, or they do not split the batch evenly.
     """
-    if devices == 1:
+    if devices == 1 and jax.process_count() == 1:
         return None
     if devices > jax.device_count():
         raise UsageError(f"--learn.devices is {devices}; there are {jax.device_count()}")
@@ -171,10 +173,11 @@ def _devices_of(process: int) -> list[jax.Device]:
     return [device for device in jax.devices() if device.process_index == process]
 
 
-def replicate(tree: Any, where: NamedSharding) -> Any:
+def replicate(tree: Any, where: Sharding) -> Any:
     """The same values on all devices, which each process has already: none are sent."""
     if where.is_fully_addressable:
         return jax.device_put(tree, where)
+    assert isinstance(where, NamedSharding)
     devices = where.mesh.local_devices
     return jax.tree.map(
         lambda x: jax.make_array_from_single_device_arrays(

@@ -43,11 +43,13 @@ _LOOPBACK = "127.0.0.2"  # Ray rewrites 127.0.0.1 as a name, and its head then h
 class RayCollector:
     """Drives episodes in Ray actors, each with environments of its own.
 
-    A thread serves each actor. An actor that is lost is replaced, and its episodes are driven
-    again; as these follow from parameters, seeds and keys alone, the run stays the same.
+    A thread waits for each actor. One that is lost is replaced as soon as there is room, and others
+    drive its episodes again; as these follow from parameters, seeds and keys alone, the run stays
+    the same.
 
     Args:
-        collect: the run's configuration; its ``cluster`` is an address, or ``local``.
+        collect: the run's configuration; its ``cluster`` is an address, or ``local``. A program
+            that is connected to a cluster already stays with that.
         make_drive: called in each actor, makes what drives its episodes; must be picklable.
 
     Attributes:
@@ -68,18 +70,20 @@ class RayCollector:
             raise UsageError(
                 f"--collect.actors is {collect.actors}; the cluster has {places} CPUs, one for each"
             )
-        self._spawn = functools.partial(
+        self._spawn: Callable[[], Any] = functools.partial(
             ray.remote(_Actor).options(num_cpus=1, scheduling_strategy="SPREAD").remote,
             *(make_drive, jax.config.values["jax_compilation_cache_dir"] is not None),
         )
         self._size = collect.num_envs
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(collect.actors):
-            self._idle.put(self._spawn())
-        self._executor = ThreadPoolExecutor(collect.actors, "collect")
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # actors that have answered
+        self._failure = ""  # why an actor cannot start
         self._over = threading.Event()
         self._counting = threading.Lock()
         self._sent: tuple[Params, Any] | None = None  # the last parameters, and where they are
+        self._hiring: list[threading.Thread] = []
+        for _ in range(collect.actors):
+            self._hire()
+        self._executor = ThreadPoolExecutor(collect.actors, "collect")
 
     def submit(self, params: Params, version: int, jobs: Sequence[Job], noise_std: float) -> Ticket:
         """See `Collector`; an actor takes as many episodes at once as it has environments."""
@@ -101,33 +105,81 @@ class RayCollector:
         """See `Collector`."""
         self._over.set()
         self._executor.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            ray.kill(self._idle.get())
-        if self._ours:
-            ray.shutdown()
+        for thread in self._hiring:
+            thread.join()
+        with contextlib.suppress(RayError, RuntimeError):  # the cluster may be gone
+            while not self._idle.empty():
+                ray.kill(self._idle.get())
+            if self._ours:
+                ray.shutdown()
+
+    def _hire(self) -> None:
+        """Start an actor; it counts among the idle ones once it answers."""
+
+        def start() -> None:
+            while not self._over.is_set():
+                actor = self._spawn()
+                try:
+                    if self._answer(actor.ready.remote()):
+                        self._idle.put(actor)
+                    return
+                except StoppedError:
+                    ray.kill(actor)
+                except RayActorError as error:
+                    if error.actor_init_failed:
+                        self._failure = f"a collector cannot start:\n{error}"
+                        return
+                except RayError as error:
+                    self._failure = f"a collector cannot start:\n{error}"
+                    return
+
+        thread = threading.Thread(target=start, name="hire", daemon=True)
+        self._hiring.append(thread)
+        thread.start()
+
+    def _answer(self, work: Any) -> Any:
+        """The result of an actor's work.
+
+        Raises:
+            StoppedError: if the collector is closed.
+        """
+        while not ray.wait([work], timeout=_POLL)[0]:
+            if self._over.is_set():
+                raise StoppedError("collecting has stopped")
+        return ray.get(work)
+
+    def _next_idle(self) -> Any:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._idle.get(timeout=_POLL)
+            if self._over.is_set():
+                raise StoppedError("collecting has stopped")
+            if self._failure:
+                raise RuntimeError(self._failure)
 
     def _drive(self, params: Any, jobs: Sequence[_Sent], noise_std: float) -> list[Rollout]:
-        """Have an idle actor drive these episodes, or others if it is lost."""
-        actor = self._idle.get()
-        try:
-            for _ in range(_LOSSES):
-                try:
-                    work = actor.drive.remote(params, jobs, noise_std)
-                    while not ray.wait([work], timeout=_POLL)[0]:
-                        if self._over.is_set():
-                            raise StoppedError("collecting has stopped")
-                    return [_owned(rollout) for rollout in ray.get(work)]
-                except RayActorError as error:
-                    reason = error
-                    with self._counting:
-                        self.lost += 1
-                    actor = self._spawn()
-        except RayTaskError as error:
-            if isinstance(error.cause, (StoppedError, UsageError)):
-                raise type(error.cause)(str(error.cause)) from None
-            raise RuntimeError(f"a collector failed:\n{error}") from None
-        finally:
-            self._idle.put(actor)
+        """Have an idle actor drive these episodes, and another if it is lost."""
+        reason: RayError
+        for _ in range(_LOSSES):
+            actor = self._next_idle()
+            try:
+                rollouts = self._answer(actor.drive.remote(params, jobs, noise_std))
+                self._idle.put(actor)
+                return [_owned(rollout) for rollout in rollouts]
+            except (RayTaskError, StoppedError) as error:
+                self._idle.put(actor)
+                if isinstance(error, StoppedError):
+                    raise
+                if isinstance(error.cause, (StoppedError, UsageError)):
+                    raise type(error.cause)(str(error.cause)) from None
+                raise RuntimeError(f"a collector failed:\n{error}") from None
+            except RayError as error:  # its process, its machine, or what it sent is gone
+                reason = error
+                with self._counting:
+                    self.lost += 1
+                with contextlib.suppress(RayError):
+                    ray.kill(actor)
+                self._hire()
         seeds = ", ".join(str(job.seed) for job in jobs)
         raise StoppedError(
             f"the episodes with the seeds {seeds} lost their collector {_LOSSES} times: {reason}"
@@ -149,6 +201,10 @@ class _Actor:
         if cached:
             compilation.cache_compilations()
         self._drive = make_drive()
+
+    def ready(self) -> bool:
+        """Whether it has started, once it answers at all."""
+        return True
 
     def drive(self, params: Params, jobs: Sequence[_Sent], noise_std: float) -> list[Rollout]:
         # Copies: what Ray passes is a view of its memory, which JAX may alias.

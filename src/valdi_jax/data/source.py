@@ -18,7 +18,13 @@ from valdi_jax.data.collector import Collector, Drive, Interrupt, LocalCollector
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.recorded import read_recorded, to_episodes
 from valdi_jax.data.rollout import Job, Rollout, exploration_noise, roll_out
-from valdi_jax.envs import evaluation_seeds, interface_of, own_env
+from valdi_jax.envs import (
+    evaluation_seeds,
+    import_modules,
+    imported_modules,
+    interface_of,
+    own_env,
+)
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
@@ -150,7 +156,9 @@ class Environments:
         if collect.cluster:
             from valdi_jax.data.cluster import RayCollector
 
-            return RayCollector(collect, functools.partial(_make_drive, self.config, self._make))
+            return RayCollector(
+                collect, functools.partial(_make_drive, self.config, self._make, imported_modules())
+            )
         assert self.pool
         return LocalCollector(self.drive, beside=collect.lag > 0)
 
@@ -221,8 +229,9 @@ class Environments:
             )
 
     def notices(self) -> list[str]:
-        lost, self._restarts = self.pool.restarts - self._restarts, self.pool.restarts
-        if not lost:
+        before = self._restarts
+        self._restarts = self.pool.restarts if "pool" in self.__dict__ else 0
+        if not (lost := self._restarts - before):
             return []
         return [
             f"warning: {lost} environment workers died or did not answer; new ones ran their "
@@ -239,7 +248,9 @@ class Environments:
         return Job(int(seed), jax.random.fold_in(self._key, number))
 
 
-def _make_drive(config: Config, make: Callable[..., gym.Env]) -> Drive:
+def _make_drive(config: Config, make: Callable[..., gym.Env], imports: Sequence[str]) -> Drive:
+    """What drives episodes in another process, which may be on another machine."""
+    import_modules(imports)
     return Environments(config, make).drive
 
 

@@ -87,6 +87,11 @@ def import_modules(names: Sequence[str]) -> None:
         _import_modules()
 
 
+def imported_modules() -> list[str]:
+    """Names that were given to `import_modules`."""
+    return list(filter(None, os.environ.get(_IMPORTS, "").split(",")))
+
+
 _IMPORTS = "VALDI_JAX_IMPORT"  # processes inherit it; a configuration file cannot set it
 
 
@@ -100,7 +105,7 @@ def _reason(error: Exception) -> str:
 
 
 def _import_modules() -> None:
-    for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
+    for name in imported_modules():
         try:
             importlib.import_module(name)
         except Exception as error:  # a module may raise anything

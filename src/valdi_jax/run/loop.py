@@ -123,7 +123,10 @@ def _train(
         lock = stack.enter_context(checkpoint.lock(run_dir))
         if resume:
             _may_resume(run_dir, config)
-        else:
+        # Here, as processes inherit what the main thread ignores; before anything is written.
+        collector = source.open()
+        stack.callback(collector.close)
+        if not resume:
             made_by = None if make is make_env else _name(make)
             checkpoint.create_run(*(run_dir, config, given), made_by=made_by, data=digest(recorded))
         known = resume or init_from is not None
@@ -175,8 +178,6 @@ def _train(
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
         stack.enter_context(reporter.live())
-        collector = source.open()  # here, as processes inherit what the main thread ignores
-        stack.callback(collector.close)
         rounds = Rounds(source, learner, collector, under_way)
         saver = Saver(
             *(lock, run_dir, config, learner, progress, rounds, recovered), say=reporter.say
@@ -305,6 +306,7 @@ def _loop(
             if rollouts:
                 metrics["time/save_s"] = saver.add(numbers, rollouts)
             source.count(progress, numbers, rollouts)
+            rounds.counted()
             reporter.tick()
             for sentence in [*source.notices(), *rounds.notices()]:
                 reporter.say(sentence)

@@ -35,7 +35,9 @@ class Rounds:
         self._source, self._learner, self._collector = source, learner, collector
         self._lag = source.config.collect.lag
         self._lost = 0  # processes, already reported
-        self._pending = deque((each, self._submit(each)) for each in under_way)
+        total = source.config.collect.episodes  # may be fewer than when they were begun
+        kept = (each for each in under_way if each.numbers.stop <= total)
+        self._pending = deque((each, self._submit(each)) for each in kept)
 
     @property
     def under_way(self) -> list[Round]:
@@ -61,11 +63,13 @@ class Rounds:
     def finish(
         self, progress: Progress, metrics: dict[str, float], interrupt: Interrupt
     ) -> list[Rollout]:
-        """The episodes of the next round; adds to the ``metrics`` of their records."""
+        """The episodes of the next round; adds to the ``metrics`` of their records.
+
+        Until `counted` the round stays under way, so that an error in between does not lose it.
+        """
         if self._lag:
             ticket = self._pending[0][1]
             rollouts = self._collector.result(ticket, interrupt)
-            self._pending.popleft()
         else:
             with self._learner.planning() as params:
                 current = Round(self.next(progress), self._learner.updates, params)
@@ -75,12 +79,17 @@ class Rounds:
             metrics["plan/version_lag"] = self._learner.updates - ticket.version
         return rollouts
 
+    def counted(self) -> None:
+        """The finished round is part of the run's progress."""
+        if self._lag:
+            self._pending.popleft()
+
     def notices(self) -> list[str]:
         """Messages since the last call."""
-        lost, self._lost = self._collector.lost - self._lost, self._collector.lost
-        if not lost:
+        before, self._lost = self._lost, self._collector.lost
+        if self._lost == before:
             return []
-        return [f"warning: collectors lost: {lost}; others drove their episodes again"]
+        return [f"warning: collectors lost: {self._lost - before}; others drove their episodes"]
 
     def _submit(self, each: Round) -> Ticket:
         jobs = self._source.jobs(each.numbers)
