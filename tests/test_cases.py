@@ -547,6 +547,29 @@ def test_the_first_error_is_never_hidden_by_one_of_saving(tmp_path, monkeypatch)
         go(tmp_path / "run")
 
 
+class FailsOnce(Counting):
+    """Fails in the episode of one seed."""
+
+    bad = int(np.random.default_rng([1, CONFIG.seed, 4]).integers(2**31 - 1)) % 1000
+
+    def step(self, action):
+        if self.seed == self.bad:
+            raise OSError("the road is closed")
+        return super().step(action)
+
+
+def make_failing_once(config, *, training):
+    return FailsOnce(max_steps=config.max_steps)
+
+
+def test_the_error_of_a_round_under_way_is_not_hidden_by_an_evaluation(tmp_path):
+    config = CONFIG.replace(
+        collect={"lag": 2, "num_envs": 2}, eval={"every": 2, "episodes": 2}, checkpoint={"every": 9}
+    )
+    with pytest.raises(RuntimeError, match="the road is closed"):
+        go(tmp_path / "run", 8, config=config, make=make_failing_once)
+
+
 def test_the_metrics_of_a_lagging_run_are_all_there(tmp_path):
     config = CONFIG.replace(collect={"lag": 1})
     go(tmp_path / "run", 4, config=config)
@@ -615,3 +638,21 @@ def test_functools_is_named_by_what_it_wraps(tmp_path):
     make = functools.partial(make_counting, length=25)
     go(tmp_path / "run", make=make)
     assert checkpoint.identity(tmp_path / "run")["made_by"] == "toy.make_counting"
+
+
+def test_a_program_that_leaves_a_pool_open_still_ends():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np\n"
+        "from toy import Counting\n"
+        "from valdi_jax.envs.workers import WorkerPool\n"
+        "from valdi_jax.observation import Observation\n"
+        "example = Observation(vector=np.zeros(2, np.float32))\n"
+        "pool = WorkerPool(Counting, 2, example=example, chunk=3)\n"
+        "print(sorted(pool.reset({0: 1, 1: 2})))\n"
+    )
+    tests = os.path.dirname(__file__)  # noqa: PTH120
+    done = subprocess.run(
+        [sys.executable, "-c", code, tests], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "[0, 1]\n"), done.stderr

@@ -136,6 +136,7 @@ class Environments:
         self._make = make
         self._restarts = 0  # of workers, already reported
         self._using = threading.Lock()  # held by whoever uses the pool
+        self._failed: Exception | None = None  # what left the pool unusable
 
     @functools.cached_property
     def pool(self) -> Pool:
@@ -187,15 +188,19 @@ class Environments:
     ) -> list[Rollout]:
         """Drive episodes in this process."""
         with holding(self._using, interrupt):
-            return roll_out(
-                params,
-                self.pool,
-                jobs,
-                config=self.config,
-                noise_std=noise_std,
-                groups=2 if self.config.collect.lag else 1,
-                on_decision=interrupt,
-            )
+            try:
+                return roll_out(
+                    params,
+                    self.pool,
+                    jobs,
+                    config=self.config,
+                    noise_std=noise_std,
+                    groups=2 if self.config.collect.lag else 1,
+                    on_decision=interrupt,
+                )
+            except Exception as error:  # an environment may raise anything
+                self._failed = error
+                raise
 
     def noise_std(self, number: int) -> float:
         collect = self.config.collect
@@ -219,6 +224,8 @@ class Environments:
         factory = functools.partial(self._factory, training=False)
         held = holding(self._using, interrupt)
         with held, self.pool.serving("evaluation", factory, last_only=True):
+            if self._failed is not None:  # of a round whose turn has not come
+                raise self._failed
             return roll_out(
                 params,
                 self.pool,

@@ -175,6 +175,7 @@ def _train(
             planning = 1 if alone else jax.local_device_count()
             shared = f" of {processes.count} processes" if processes.several else ""
             reporter.say(f"planning on {planning} devices, learning on {learner.devices}{shared}")
+        _say_idle(source, reporter)
         _say_cost(source, learner, reporter)
         _say_memory(source, reporter)
         stack.enter_context(reporter.live())
@@ -404,6 +405,17 @@ def _name(make: Callable[..., gym.Env]) -> str:
     while isinstance(make, functools.partial):
         make = make.func
     return f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
+
+
+def _say_idle(source: Source, reporter: Reporter) -> None:
+    """Say so if rounds are too small for the actors."""
+    collect = source.config.collect
+    parts = -(-len(source.next_round(0)) // collect.num_envs) * max(1, collect.lag)
+    if parts < collect.actors:
+        reporter.say(
+            f"note: {parts} of {collect.actors} actors will have work: "
+            "--collect.episodes-per-round or --collect.lag gives more"
+        )
 
 
 def _say_memory(source: Source, reporter: Reporter) -> None:

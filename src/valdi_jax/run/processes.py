@@ -266,6 +266,8 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # this process's own
+                raise
             time.sleep(2 * _LISTEN)  # the other may be about to say why
             self._check_failed()
             self._lost = True
