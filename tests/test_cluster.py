@@ -215,13 +215,18 @@ def wait_for_episode(program, number):
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGUSR1, 130)]
+    ("send", "signum", "status"),
+    [
+        (os.killpg, signal.SIGKILL, -9),
+        (os.killpg, signal.SIGUSR1, 130),  # as Slurm does: also to Ray's processes
+        (os.kill, signal.SIGTERM, 130),
+    ],
 )
-def test_a_driver_that_is_ended_goes_on_as_if_it_had_not_been(tmp_path, signum, status):
+def test_a_driver_that_is_ended_goes_on_as_if_it_had_not_been(tmp_path, send, signum, status):
     pytest.importorskip("ray")
     program = start(tmp_path / "run")
     wait_for_episode(program, 4)
-    os.killpg(program.pid, signum)  # as Slurm and terminals do: also to Ray's processes
+    send(program.pid, signum)
     said, _ = program.communicate(timeout=60)
     assert program.returncode == status, said
     assert start(tmp_path / "run").wait(timeout=120) == 0

@@ -254,9 +254,17 @@ def _connect(address: str, actors: int) -> None:
 
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Context after which this process handles signals as before: Ray replaces SIGTERM's."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """Context after which this process handles signals as before: Ray replaces SIGTERM's.
+
+    Processes that Ray starts in it ignore SIGHUP and SIGUSR1, which reach a whole group but are
+    meant for this one.
+    """
+    ignored = signal.SIGHUP, signal.SIGUSR1
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, *ignored)}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in ignored:
+                signal.signal(signum, signal.SIG_IGN)
         with warnings.catch_warnings():  # of a fork, though Ray's processes begin anew
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
