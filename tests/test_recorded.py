@@ -4,6 +4,7 @@ import functools
 import io
 import types
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from toy import CONFIG, make_counting
 from valdi_jax.agent import Agent
 from valdi_jax.checkpoint import main as checkpoint_main
 from valdi_jax.config import DiffuserConfig, UNetConfig, validate
-from valdi_jax.data.recorded import environment_of, to_episodes
+from valdi_jax.data.recorded import environment_of, read_recorded, to_episodes
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import gather, store_episode, store_shapes
+from valdi_jax.envs import make_env
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import draw, objective
@@ -267,7 +269,7 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert "2 episodes, mean return -" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists already"):
         record_main(["minari:pendulum/random-v0", "--env", "pendulum"])
-    with pytest.raises(UsageError, match="either --agent, or --env"):
+    with pytest.raises(UsageError, match="either --agent, --replay, or --env"):
         record_main(["minari:pendulum/other-v0"])
     options = [
         "--env",
@@ -287,6 +289,41 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     alone = parse_arguments(["--data", "minari:pendulum/random-v0", "--preset", "diffuser"])
     assert alone.config.env.name == "pendulum"
     assert alone.config.planner.kind == "diffuser"
+
+
+def test_a_runs_replay_becomes_a_dataset(tmp_path, datasets, capsys):
+    directory = tmp_path / "run"
+    options = "--env pendulum --preset tiny --collect.episodes 2 --collect.seed-episodes 2"
+    assert main([*options.split(), "--eval.every", "0", "--run-dir", str(directory)]) == 0
+    name = "minari:pendulum/replay-v0"
+    assert record_main([name, "--replay", str(directory)]) == 0
+    assert "2 episodes, mean return -" in capsys.readouterr().out
+    config = checkpoint.load_config(directory)
+    env = make_env(config.env, training=True)
+    interface = Interface(env.observation_space, env.action_space)
+    for number, read in enumerate(read_recorded(name, interface, config)):
+        own = checkpoint.load_episode(directory, number, interface.example, config)
+        np.testing.assert_array_equal(read.observations.vector, own.observations.vector)
+        np.testing.assert_allclose(read.actions, own.actions, atol=1e-6)
+        np.testing.assert_array_equal(read.rewards, own.rewards)
+        assert (read.terminated, read.truncated) == (own.terminated, own.truncated)
+    with pytest.raises(UsageError, match="exists already"):
+        record_main([name, "--replay", str(directory)])
+    with pytest.raises(UsageError, match="carracing is no run"):
+        record_main(["minari:pendulum/other-v0", "--replay", "carracing"])
+
+
+def test_a_dict_is_put_together_again_and_an_image_is_not():
+    parts = {"a": gym.spaces.Box(-1, 1, (2, 2)), "b": gym.spaces.Box(-1, 1, (), np.float64)}
+    actions = gym.spaces.Box(-1, 1, (1,))
+    interface = Interface(gym.spaces.Dict(parts), actions)
+    seen = [{"a": np.full((2, 2), 0.1 * i, np.float32), "b": np.float64(i / 4)} for i in range(3)]
+    back = interface.unobserve(np.stack([interface.observe(one).vector for one in seen]))
+    np.testing.assert_array_equal(back["a"], [one["a"] for one in seen])
+    np.testing.assert_array_equal(back["b"], [one["b"] for one in seen])
+    frames = Interface(gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), actions)
+    with pytest.raises(UsageError, match="'observation' is an image"):
+        frames.unobserve(np.zeros((2, 0), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Record episodes as a Minari dataset: ``python -m valdi_jax.record minari:pendulum/mine-v0``."""
+"""Episodes as a Minari dataset: ``python -m valdi_jax.record minari:pendulum/mine-v0``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import track
 from valdi_jax import cli, compilation
 from valdi_jax.data.recorded import ENVIRONMENT
 from valdi_jax.envs import import_modules, make_env, own_env
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import default_config
 
@@ -34,6 +35,8 @@ class Arguments:
     """A run, a checkpoint, an exported agent or a bundled one, which acts in its environment."""
     env: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Environment of random actions, without an agent."""
+    replay: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """A run whose replay buffer is written instead, which mixes all that it did as it learned."""
     episodes: int = 100
     """Episodes to record."""
     random: float = 0.0
@@ -108,10 +111,7 @@ def record(
         UsageError: if Minari is missing, the name is not one of its, or taken.
     """
     minari = _minari()
-    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
-        raise UsageError(f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0")
-    if (_root() / name).exists():
-        raise UsageError(f"minari:{name} exists already in {_root()}: give another name")
+    _check_name(name)
     collector = minari.DataCollector(env, data_format="hdf5")
     returns = np.zeros(episodes)
     done = 0
@@ -141,6 +141,76 @@ def record(
         dataset.storage.update_metadata({ENVIRONMENT: env_name})
     collector.close()
     return returns
+
+
+def write_replay(run: Path, name: str) -> np.ndarray:
+    """Write the replay buffer of a run (its newest checkpoint) as a local Minari dataset.
+
+    Returns: the episodes' returns.
+
+    Raises:
+        UsageError: if there is no such run or none of its episodes, if they have images, if Minari
+            is missing, or the name is not one of its, or taken.
+    """
+    minari = _minari()
+    from minari.data_collector import EpisodeBuffer
+
+    from valdi_jax.run import checkpoint
+
+    _check_name(name)
+    agent = checkpoint.open_agent(run)  # its name is that of the newest checkpoint
+    directory, newest = checkpoint.locate(Path(agent.name))
+    if newest is None:
+        raise UsageError(f"{run} is no run: it has no replay buffer")
+    if agent.made_by:
+        raise UsageError(f"{run} was trained on environments that {agent.made_by} makes")
+    config = agent.config
+    env = own_env(make_env, config.env, training=True)
+    interface = Interface(env.observation_space, env.action_space)
+    config = config.replace(model={"action_dim": interface.action_dim})
+    if config.frame_stride > 1:
+        raise UsageError(f"{run} keeps one observation of {config.frame_stride} steps")
+    buffers: list[EpisodeBuffer] = []
+    returns = []
+    for number in checkpoint.replay_digests(newest):
+        episode = checkpoint.load_episode(directory, number, interface.example, config)
+        last = np.arange(len(episode)) == len(episode) - 1
+        buffers.append(
+            EpisodeBuffer(
+                id=len(buffers),
+                seed=episode.seed,
+                observations=interface.unobserve(episode.observations.vector),
+                actions=np.stack([interface.act(action) for action in episode.actions]),
+                rewards=episode.rewards.astype(np.float64),
+                terminations=last & episode.terminated,
+                truncations=last & episode.truncated,
+            )
+        )
+        returns.append(episode.episode_return)
+    if not buffers:
+        raise UsageError(f"the replay buffer of {run} is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
+        dataset = minari.create_dataset_from_buffers(
+            name,
+            buffers,
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+            algorithm_name=f"replay of {run.name}",
+            description=f"recorded by valdi_jax.record: replay of {run.name}",
+            data_format="hdf5",
+        )
+    dataset.storage.update_metadata({ENVIRONMENT: config.env.name})
+    env.close()
+    return np.array(returns)
+
+
+def _check_name(name: str) -> None:
+    """Raises UsageError if a dataset cannot have this name."""
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
+        raise UsageError(f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0")
+    if (_root() / name).exists():
+        raise UsageError(f"minari:{name} exists already in {_root()}: give another name")
 
 
 def _root() -> Path:
@@ -175,10 +245,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--seed is {arguments.seed}; it must be from 0 to 2^31")
     if arguments.episodes < 1:
         raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
-    if (arguments.agent is None) == (arguments.env is None):
-        raise UsageError("give either --agent, or --env for random actions")
+    given = [arguments.agent, arguments.env, arguments.replay]
+    if given.count(None) != 2:
+        raise UsageError("give either --agent, --replay, or --env for random actions")
     _minari()
     import_modules(arguments.imports)
+    if arguments.replay is not None:
+        _say(name, write_replay(arguments.replay, name))
+        return 0
     compilation.cache_compilations()
     agent = None
     if arguments.agent is None:
@@ -202,11 +276,15 @@ def main(argv: Sequence[str]) -> int:
         description=what,
         env_name=config.env.name,
     )
+    _say(name, returns)
+    return 0
+
+
+def _say(name: str, returns: np.ndarray) -> None:
     print(
         f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f} +- "
         f"{returns.std():.1f}, in {_root()}"
     )
-    return 0
 
 
 def command() -> None:

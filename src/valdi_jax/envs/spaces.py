@@ -107,6 +107,22 @@ class Interface:
             self._warn_of_lost_resolution(parts)
         return Observation(image=image, vector=vector)
 
+    def unobserve(self, vectors: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
+        """Convert vectors [L, ...] of the agent's observations to the environment's observations.
+
+        Raises:
+            UsageError: if the environment's have an image, which the agent's need not preserve.
+        """
+        if self._image is not None:
+            raise UsageError(f"the environment's observation {self._image!r} is an image")
+        sizes = [int(np.prod(self._boxes[name].shape)) for name in self._vectors]
+        parts = np.split(vectors, np.cumsum(sizes)[:-1], axis=1)
+        named = {
+            name: part.reshape(len(part), *self._boxes[name].shape).astype(self._boxes[name].dtype)
+            for name, part in zip(self._vectors, parts, strict=True)
+        }
+        return named if self._named else named["observation"]
+
     def count(self, observation: Any) -> int | None:
         """How many observations there are along a leading axis; None for one without such."""
         name, box = next(iter(self._boxes.items()))
