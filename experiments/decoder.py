@@ -38,6 +38,7 @@ from valdi_jax.envs import evaluation_seeds, interface_of, make_env, own_env
 from valdi_jax.envs.workers import make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.networks.decoder import CHANNELS, Decoder, decode, init_decoder
+from valdi_jax.run.agents import packaged
 from valdi_jax.run.log import to_line
 from valdi_jax.run.manifest import (
     content_digest,
@@ -49,7 +50,9 @@ from valdi_jax.run.manifest import (
 
 RECORD, TENSORS = "decoder.json", "decoder.safetensors"
 METRICS, SAMPLES = "metrics.jsonl", "samples.png"
+SHIPPED = Path(__file__).parent / "decoders"
 ENCODED = 64  # frames per pass of the encoder
+DECODED = 16  # images per pass: attention over their patches is what takes the memory
 QUICK = {"episodes": 2, "validation": 1, "epochs": 2}
 QUICK_STEPS = 60
 
@@ -298,6 +301,40 @@ def load(directory: Path | str) -> tuple[Decoder, Any, dict[str, Any]]:
     return decoder, traverse_util.unflatten_dict(tensors, sep="."), record
 
 
+def encoder_digest(agent: Agent) -> str:
+    """What an agent's latents come from, and so which decoder is its own."""
+    parts = ("encoder", "normalizer")
+    return content_digest({part: agent.params[part] for part in parts if part in agent.params})
+
+
+def load_for(agent: Agent, name: str, directory: Path) -> tuple[Decoder, Any]:
+    """Read the decoder of an agent's latents: its sizes and parameters.
+
+    Raises:
+        UsageError: if it is damaged or none, or of another encoder's latents.
+    """
+    decoder, params, record = load(directory)
+    if record.get("encoder_sha256") != encoder_digest(agent):
+        raise UsageError(
+            f"{directory} decodes latents of another encoder than that of {name}: it was trained "
+            f"for {record.get('agent')}; train one with decoder.py"
+        )
+    return decoder, params
+
+
+def shipped(name: str) -> Path | None:
+    """Directory of a bundled agent's decoder, if there is one beside this script."""
+    bundled = name in packaged() and not Path(name).exists()
+    return SHIPPED / name if bundled and (SHIPPED / name).exists() else None
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def decode_all(params, latents: jax.Array, *, decoder: Decoder) -> jax.Array:
+    """Images [N, height, width, 3] of latents [N, D], a few at a time."""
+    one = functools.partial(decode, params, decoder=decoder)
+    return jax.lax.map(one, latents, batch_size=DECODED)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -428,12 +465,9 @@ def main(argv: Sequence[str]) -> int:
         if not last:
             raise KeyboardInterrupt  # before the first update
 
-    encoder = {
-        name: agent.params[name] for name in ("encoder", "normalizer") if name in agent.params
-    }
     record = {
         "agent": arguments.agent,
-        "encoder_sha256": content_digest(encoder),  # its latents are what the decoder takes
+        "encoder_sha256": encoder_digest(agent),  # its latents are what the decoder takes
         "data": data,
         "trained": {
             "epochs": last["epoch"],

@@ -42,14 +42,13 @@ from valdi_jax.config import Config, validate
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
-from valdi_jax.networks.decoder import Decoder, decode
-from valdi_jax.run.manifest import check_writable, content_digest
+from valdi_jax.networks.decoder import Decoder
+from valdi_jax.run.manifest import check_writable
 from valdi_jax.types import Array, Params
 
 SHOWN = 4  # futures in the picture
 WINDOW = 7  # pixels along a side
 C1, C2 = 0.01**2, 0.03**2  # of SSIM, for values in [0, 1]
-DECODED = 16  # images per pass: attention over their patches is what takes the memory
 QUICK: dict[str, Any] = {"steps": [1], "rollouts": 20, "pairs": 2}
 QUICK_STEPS = 60
 
@@ -92,13 +91,6 @@ def imagine(
         return jax.vmap(one, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
 
     return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
-
-
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def decode_all(params: Params, latents: Array, *, decoder: Decoder) -> Array:
-    """Images [N, h, w, 3] of latents [N, D]."""
-    one = functools.partial(decode, params, decoder=decoder)
-    return jax.lax.map(one, latents, batch_size=DECODED)
 
 
 def pixel_distance(x: Array, y: Array) -> Array:
@@ -234,16 +226,7 @@ def open_both(name: str, directory: Path) -> tuple[Agent, Decoder, Params]:
     dynamics = agent.config.model.dynamics
     if DYNAMICS[dynamics].step is not None:
         raise UsageError(f"{name} has {dynamics} dynamics: they imagine one future, whatever noise")
-    decoder, params, record = decoders.load(directory)
-    encoder = {
-        part: agent.params[part] for part in ("encoder", "normalizer") if part in agent.params
-    }
-    if record.get("encoder_sha256") != content_digest(encoder):
-        raise UsageError(
-            f"{directory} decodes latents of another encoder than that of {name}: it was trained "
-            f"for {record.get('agent')}; train one with decoder.py"
-        )
-    return agent, decoder, params
+    return agent, *decoders.load_for(agent, name, directory)
 
 
 def open_lpips(decoder: Decoder) -> lpips.Weights | None:
@@ -317,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
         )
         for pair, decision in enumerate(pairs.decisions):
             last = latents[pair, :, -1]
-            images = decode_all(decoder_params, last, decoder=decoder)
+            images = decoders.decode_all(decoder_params, last, decoder=decoder)
             numbers, apart = measure(last, images, weights)
             row = {
                 "agent": arguments.agent,
@@ -339,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
     start = jnp.broadcast_to(pairs.z[pair], (SHOWN, 1, pairs.z.shape[-1]))
     trajectories = jnp.concatenate([start, latents[pair, chosen]], axis=1)
     flat = trajectories.reshape(-1, trajectories.shape[-1])
-    images = np.asarray(decode_all(decoder_params, flat, decoder=decoder))
+    images = np.asarray(decoders.decode_all(decoder_params, flat, decoder=decoder))
     title = (
         f"{Path(arguments.agent).name}, diffusion steps: {shown['steps']}; "
         f"{SHOWN} of {arguments.rollouts} futures from decision t = {shown['decision']}; "

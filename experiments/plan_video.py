@@ -8,6 +8,10 @@ fixed episodes, without noise. Each frame shows a decision: where the chosen pla
 coloured by the return that the model predicts for them. Paths are simulated, not imagined: they
 show what the sequences do, and their colours what the agent expects of it.
 
+On the right: the latents imagined under the chosen plan, decoded, each beside what the agent saw
+when that time came. It had planned anew by then, so what came need not follow the plan. This takes
+a decoder of the agent's latents (see decoder.py); the bundled carracing comes with one.
+
 Below: the predicted reward of each executed chunk against the received one, and the value of what
 the agent saw. Ctrl-C keeps the frames so far.
 """
@@ -22,12 +26,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import decoder as decoders
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnasium.envs.box2d.car_racing import FPS, SCALE, WINDOW_H, WINDOW_W, ZOOM
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -48,6 +54,9 @@ from valdi_jax.types import Array, Params
 QUICK = {"decisions": 4, "candidates": 3}
 SIDE = 384  # pixels of the square camera image, 4 times the state's
 STRIP = 160  # pixels of the plots below it
+PICTURE, TITLE = 92, 16  # pixels of each square picture on the right, and above it
+COLUMN = 2 * PICTURE + 24  # pixels of two of them
+ROWS = 5  # of them, at most
 HISTORY = 50  # decisions in the plots
 SPREAD = 0.3  # standard deviation around the plan, before tanh; around zero it is 1
 COLORS = colormaps["plasma"]  # perceptual, and without the green of the grass
@@ -143,6 +152,12 @@ class Decision(NamedTuple):
     predicted: float  # discounted reward of the executed chunk
     received: float
     value: float
+    imagined: np.ndarray  # [H, D] latents under the chosen plan
+    seen: np.ndarray  # [h, w, 3] uint8, what was encoded
+
+
+# Images [N, h, w, 3] in [0, 1] of latents [N, D].
+Decode = Callable[[np.ndarray], Array]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "candidates"))
@@ -155,11 +170,12 @@ def decide(
     *,
     config: Config,
     candidates: int,
-) -> tuple[Array, Any, Array, Array, Array]:
+) -> tuple[Array, Any, Array, Array, Array, Array]:
     """Plan from one observation, and score the plan and candidates with the same noise.
 
     Returns: actions [1 + candidates, H * C, A], the planner's carry, predicted returns
-    [1 + candidates], the first chunk's predicted reward, and the value; all in rewards.
+    [1 + candidates], the first chunk's predicted reward, and the value, all in rewards; and the
+    latents [H, D] that the plan's score is of.
     """
     search_key, other_key = (jax.random.fold_in(key, decision) for key in keys)
     chosen = plan(params, observation, search_key, config=config, carry=carry)
@@ -177,19 +193,21 @@ def decide(
     z = model.encode(params, observation, config=config)
     chunks = actions.reshape(count, sizes.horizon, -1)
     start = jax.random.normal(noise_key, (sizes.horizon, sizes.latent_dim))
+    steps = planner.diffusion_steps
     returns = predicted_return(
         params,
         z,
         chunks,
         jnp.broadcast_to(start, (count, *start.shape)),
         config=config,
-        steps=planner.diffusion_steps,
+        steps=steps,
         tail=draw_tail(tail_key, (count,), config=config),
     )
+    imagined = model.imagine(params["dynamics"], z, chunks[0], start, config=sizes, steps=steps)
     reward = model.reward(params, z, chunks[0, 0], config=config)
     value = end_value(params, z, draw_tail(end_key, (), config=config), config=config)
     scale = config.learn.reward_scale
-    return actions, chosen.carry, returns / scale, reward / scale, value / scale
+    return actions, chosen.carry, returns / scale, reward / scale, value / scale, imagined
 
 
 def drive(agent: Agent, job: Job, *, decisions: int, candidates: int) -> Iterator[Decision]:
@@ -204,7 +222,7 @@ def drive(agent: Agent, job: Job, *, decisions: int, candidates: int) -> Iterato
         keys = job.key, jax.random.fold_in(jax.random.key(1), job.seed)
         observation, carry = stepper.reset(job.seed), jax.device_get(first_carry(config))
         for decision in range(decisions):
-            actions, carry, returns, predicted, value = jax.device_get(
+            actions, carry, returns, predicted, value, imagined = jax.device_get(
                 decide(
                     agent.params,
                     observation,
@@ -228,6 +246,8 @@ def drive(agent: Agent, job: Job, *, decisions: int, candidates: int) -> Iterato
                 float(predicted),
                 float(received),
                 float(value),
+                imagined,
+                observation.image,
             )
             if steps.terminated or steps.truncated:
                 break
@@ -237,12 +257,46 @@ def drive(agent: Agent, job: Job, *, decisions: int, candidates: int) -> Iterato
         shadow_env.close()
 
 
-def draw(decision: Decision, number: int, history: Sequence[Decision]) -> np.ndarray:
-    """A frame [SIDE + STRIP, SIDE, 3] uint8; ``history`` ends with the decision."""
-    height = SIDE + STRIP
-    figure = Figure(figsize=(SIDE / 100, height / 100), dpi=100, facecolor="white")
+def panel(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """New axes at a place in pixels."""
+    across, up = 100 * figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def draw_pictures(
+    figure: Figure, history: Sequence[Decision], number: int, *, chunk: int, decode: Decode
+) -> None:
+    """What a decision expects, decoded, beside what came, unless that is not known."""
+    imagined, came = history[number].imagined, [one.seen for one in history[number:]]
+    ahead = np.linspace(1, len(imagined), min(ROWS, len(imagined))).round().astype(int)
+    for row, (h, picture) in enumerate(zip(ahead, decode(imagined[ahead - 1]), strict=True)):
+        images = {f"imagined, in {h * chunk} frames": picture, "what came": None}
+        if h < len(came):
+            images["what came"] = came[h]
+        for column, (name, image) in enumerate(images.items()):
+            left = SIDE + 8 + column * (PICTURE + 8)
+            bottom = SIDE + STRIP - (row + 1) * (PICTURE + TITLE)
+            axes = panel(figure, left, bottom, PICTURE, PICTURE)
+            axes.set_title(name, loc="right" if column else "left", fontsize=7, pad=2)
+            axes.set(xticks=[], yticks=[], facecolor="0.93")
+            if image is not None:
+                axes.imshow(image, interpolation="bicubic", aspect="auto")
+
+
+def draw(
+    history: Sequence[Decision], number: int, *, chunk: int, decode: Decode | None
+) -> np.ndarray:
+    """The frame [SIDE + STRIP, SIDE, 3] uint8 of a decision, with `COLUMN` if there is ``decode``.
+
+    ``history`` holds the decisions before it, and those after it that are known; ``chunk`` is in
+    frames.
+    """
+    decision = history[number]
+    width, height = SIDE + (COLUMN if decode else 0), SIDE + STRIP
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    camera = figure.add_axes((0, STRIP / height, 1, SIDE / height))
+
+    camera = panel(figure, 0, STRIP, SIDE, SIDE)
     camera.imshow(decision.image, extent=(0, 1, 1, 0), interpolation="bicubic", aspect="auto")
     camera.axis("off")
     low, high = decision.returns.min(), decision.returns.max()
@@ -261,13 +315,13 @@ def draw(decision: Decision, number: int, history: Sequence[Decision]) -> np.nda
     key.tick_params(colors="white", labelsize=8, length=0)
     key.set_title("predicted return", color="white", fontsize=8, pad=2)
 
-    recent = history[-HISTORY:]
+    recent = history[max(number + 1 - HISTORY, 0) : number + 1]
     last = max(number, HISTORY - 1)
     at = np.arange(number - len(recent) + 1, number + 1)
-    rewards = figure.add_axes((0.11, 86 / height, 0.86, 66 / height))
+    rewards = panel(figure, 42, 86, 330, 66)
     rewards.plot(at, [one.received for one in recent], color="0.55", label="received reward")
     rewards.plot(at, [one.predicted for one in recent], color="C3", label="predicted")
-    value = figure.add_axes((0.11, 20 / height, 0.86, 56 / height))
+    value = panel(figure, 42, 20, 330, 56)
     value.plot(at, [one.value for one in recent], color="C0", label="value")
     for axes in (rewards, value):
         axes.set_xlim(last - HISTORY + 1, last)
@@ -279,6 +333,9 @@ def draw(decision: Decision, number: int, history: Sequence[Decision]) -> np.nda
         for line in axes.lines:
             line.set(linewidth=1.3, marker="o", markersize=1.8)
     rewards.tick_params(labelbottom=False)
+
+    if decode:
+        draw_pictures(figure, history, number, chunk=chunk, decode=decode)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -309,18 +366,26 @@ def film(
     *,
     decisions: int,
     candidates: int,
+    decode: Decode | None = None,
     on_decision: Callable[[], None] = lambda: None,
 ) -> tuple[list[np.ndarray], list[Decision]]:
     """Frames and decisions; `cli.Interrupted`, raised by ``on_decision``, ends them there."""
     frames: list[np.ndarray] = []
     history: list[Decision] = []
+    sizes, hold = agent.config.model, agent.config.env.action_repeat
+
+    def draw_next() -> None:
+        frames.append(draw(history, len(frames), chunk=sizes.chunk * hold, decode=decode))
+
     driving = drive(agent, job, decisions=decisions, candidates=candidates)
     with contextlib.suppress(cli.Interrupted), contextlib.closing(driving):
-        on_decision()
         for decision in driving:
             history.append(decision)
-            frames.append(draw(decision, len(frames), history))
+            if len(history) > sizes.horizon:  # all that it shows has come
+                draw_next()
             on_decision()
+    while len(frames) < len(history):
+        draw_next()
     return frames, history
 
 
@@ -332,6 +397,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--episode", type=int, default=0, help="which of the 100 fixed ones")
     parser.add_argument("--decisions", type=int, default=100, help="at most, one frame each")
     parser.add_argument("--candidates", type=int, default=12, help="beside the chosen plan")
+    parser.add_argument(
+        "--decoder", type=Path, metavar="DIR", help="of the agent's latents; a bundled one's own"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".gif or .mp4")
     parser.add_argument("--quick", action="store_true", help="a trial: 4 decisions, 3 candidates")
     arguments = parser.parse_args(argv)
@@ -352,16 +420,16 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--out writes .gif or .mp4, not {arguments.out.name!r}")
     write = video_writer(arguments.out)
     compilation.cache_compilations()
-    agent = load(arguments.agent)
+    agent, decode = load(arguments.agent), None
+    if directory := arguments.decoder or decoders.shipped(arguments.agent):
+        decoder, params = decoders.load_for(agent, arguments.agent, directory)
+        decode = functools.partial(decoders.decode_all, params, decoder=decoder)
     job = evaluation_jobs(arguments.episode + 1)[-1]
     with cli.interruptible() as interrupt, Progress(transient=True) as bar:
         task = bar.add_task("driving", total=arguments.decisions)
-        started = False
 
         def on_decision() -> None:
-            nonlocal started
-            bar.advance(task, int(started))
-            started = True
+            bar.advance(task)
             interrupt()
 
         frames, history = film(
@@ -369,10 +437,9 @@ def main(argv: Sequence[str]) -> int:
             job,
             decisions=arguments.decisions,
             candidates=arguments.candidates,
+            decode=decode,
             on_decision=on_decision,
         )
-        if not frames:
-            raise KeyboardInterrupt  # before the first
         if arguments.out.suffix == ".gif":  # the writer halves them: what was drawn is kept
             frames = [frame.repeat(2, axis=0).repeat(2, axis=1) for frame in frames]
         config = agent.config

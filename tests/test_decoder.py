@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import traverse_util
 from matplotlib.image import imread
 
-from valdi_jax import cli
+from valdi_jax import Agent, cli
 from valdi_jax.envs import evaluation_seeds
 from valdi_jax.errors import UsageError
 from valdi_jax.networks.decoder import Decoder, decode, init_decoder
@@ -198,6 +198,25 @@ def test_numbers_that_are_not_finite_are_refused(script, params, stored):
     write_signed(stored / "decoder.json", record)
     with pytest.raises(UsageError, match="positions does not hold finite numbers"):
         script.load(stored)
+
+
+def test_a_shipped_decoder_is_of_the_agent_that_it_is_named_after(script, monkeypatch, tmp_path):
+    names = [path.name for path in script.SHIPPED.iterdir()]
+    assert "carracing" in names
+    for name in names:
+        decoder, _ = script.load_for(Agent.load(name), name, script.shipped(name))
+        assert decoder.image == (48, 48)
+    assert script.shipped("carracing-mlp") is None
+    assert script.shipped("../decoders/carracing") is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "carracing").mkdir()
+    assert script.shipped("carracing") is None, "the folder is meant"
+
+
+def test_many_latents_are_decoded_as_one_is(script, params):
+    z = latents(script.DECODED + 3)
+    images = script.decode_all(params, z, decoder=SMALL)
+    chex.assert_trees_all_close(images, decode(params, z, decoder=SMALL), atol=1e-5)
 
 
 def test_no_episode_is_one_of_the_evaluation(script, monkeypatch):

@@ -16,9 +16,8 @@ from matplotlib.image import imread
 from valdi_jax import Agent
 from valdi_jax.data.episode import Episode
 from valdi_jax.errors import UsageError
-from valdi_jax.networks.decoder import Decoder, init_decoder
+from valdi_jax.networks.decoder import Decoder, decode, init_decoder
 from valdi_jax.observation import Observation
-from valdi_jax.run.manifest import content_digest
 
 ROOT = Path(__file__).parent.parent
 TINY = Decoder((8, 12), width=16, depth=1, heads=2, hidden=24)
@@ -172,16 +171,13 @@ def test_states_are_those_of_the_sweep_with_the_frames_after_them(
         np.testing.assert_array_equal(frames, expected)
 
 
-def encoder_of(agent):
-    return {name: agent.params[name] for name in ("encoder", "normalizer") if name in agent.params}
-
-
 def save_tiny(script, directory, agent, digest=None):
     """A decoder that learned nothing."""
     directory.mkdir(exist_ok=True)
     params = init_decoder(jax.random.key(0), agent.config.model.latent_dim, decoder=TINY)
-    record = {"agent": "mine", "encoder_sha256": digest or content_digest(encoder_of(agent))}
-    script("decoder").save(directory, params, record, decoder=TINY, half=False)
+    decoders = script("decoder")
+    record = {"agent": "mine", "encoder_sha256": digest or decoders.encoder_digest(agent)}
+    decoders.save(directory, params, record, decoder=TINY, half=False)
 
 
 def test_what_cannot_be_compared_is_refused(script, futures, tmp_path):
@@ -276,12 +272,12 @@ def test_the_picture_is_of_the_state_whose_futures_differ_most(
     config = agent.config.replace(planner={"diffusion_steps": 1}).graph
     key = jax.random.key(0)
     latents = futures.imagine(agent.params, z, chunks, key, config=config, rollouts=5)[most]
-    every = futures.decode(params, latents, decoder=decoder)
+    every = decode(params, latents, decoder=decoder)
     last = np.asarray(every[:, -1])
     apart = np.sqrt(np.square(last[:, None] - last[None]).mean(axis=(2, 3, 4)))
     assert apart.sum() / 20 == pytest.approx(pixels[most], rel=1e-3)
     np.testing.assert_allclose(
         images[:, 1:], every[np.array(futures.least_alike(apart, 4))], atol=1e-5
     )
-    now = futures.decode(params, z[most], decoder=decoder)
+    now = decode(params, z[most], decoder=decoder)
     np.testing.assert_allclose(images[:, 0], np.broadcast_to(now, images[:, 0].shape), atol=1e-5)

@@ -1,17 +1,19 @@
 """The film of an agent's plans: where its paths lead, and where they are drawn."""
 
-import importlib.util
+import importlib
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from imageio import v3 as imageio
+from matplotlib.text import Text
 
-from valdi_jax import Agent, cli
+from valdi_jax import Agent, cli, model
 from valdi_jax.data.source import evaluation_jobs
 from valdi_jax.errors import UsageError
 from valdi_jax.planners import plan
@@ -20,13 +22,10 @@ SCRIPT = Path(__file__).parent.parent / "experiments/plan_video.py"
 DECISIONS, CANDIDATES = 45, 3
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("plan_video_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_video_script"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("plan_video")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,8 @@ def swerving(script, monkeypatch):
             actions[0] = [0.6 * (-1) ** (decision // 6), 0.5, -1.0]
         if decision > 40:
             actions[0] = [0.3, 0.0, 0.8]
-        return actions.astype(np.float32), carry, np.arange(1.0 + candidates), 0.0, 0.0
+        returns = np.arange(1.0 + candidates)
+        return actions.astype(np.float32), carry, returns, 0.0, 0.0, np.zeros((5, 64))
 
     monkeypatch.setattr(script, "decide", decide)
 
@@ -116,7 +116,7 @@ def test_the_plan_comes_first_and_every_other_candidate_is_near_it(script):
     made = script.decide(
         agent.params, observation, keys, np.int32(3), None, config=config, candidates=8
     )
-    actions, _, returns, *_ = jax.device_get(made)
+    actions, _, returns, _, _, imagined = jax.device_get(made)
     chosen = plan(agent.params, observation, jax.random.fold_in(keys[0], 3), config=config)
     np.testing.assert_allclose(actions[0], chosen.actions, atol=1e-5)
     apart = np.abs(actions[1:] - actions[0]).mean(axis=(1, 2))
@@ -124,11 +124,18 @@ def test_the_plan_comes_first_and_every_other_candidate_is_near_it(script):
     assert np.abs(actions).max() <= 1
     assert returns.shape == (9,)
     assert returns[0] > np.mean(returns[2::2])  # than those around zero
+    # Its dynamics take no noise: these latents are all that the plan can lead to.
+    z = model.encode(agent.params, observation, config=config)
+    chunks = actions[0].reshape(config.model.horizon, -1)
+    expected = model.imagine(
+        agent.params["dynamics"], z, chunks, None, config=config.model, steps=1
+    )
+    np.testing.assert_allclose(imagined, expected, atol=1e-4)
 
 
 def test_frames_show_the_chosen_path_in_white_ahead_of_the_car(script, job, swerving):
     agent = Agent.load("carracing")
-    stops = iter([None] * 20 + [cli.Interrupted(signal.SIGINT)])
+    stops = iter([None] * 19 + [cli.Interrupted(signal.SIGINT)])
 
     def on_decision():
         if stop := next(stops):
@@ -149,6 +156,43 @@ def test_frames_show_the_chosen_path_in_white_ahead_of_the_car(script, job, swer
     assert length > 40
 
 
+def test_what_is_imagined_is_drawn_beside_what_came(script):
+    def decode(latents):  # brightness
+        return np.ones((8, 8, 3)) * latents[:, :, None, None]
+
+    history = [
+        SimpleNamespace(
+            imagined=np.arange(1, 8)[:, None] / 10 + now / 100,
+            seen=np.full((8, 8, 3), 100 + now, np.uint8),
+        )
+        for now in range(6)
+    ]
+    width, height = script.SIDE + script.COLUMN, script.SIDE + script.STRIP
+    figure = script.Figure(figsize=(width / 100, height / 100), dpi=100)
+    script.draw_pictures(figure, history, 2, chunk=6, decode=decode)
+    imagined, came = figure.axes[::2], figure.axes[1::2]
+    ahead = [1, 2, 4, 6, 7]
+    titles = [panel.get_title("left") for panel in imagined]
+    assert titles == [f"imagined, in {6 * h} frames" for h in ahead]
+    for panel, h in zip(imagined, ahead, strict=True):
+        np.testing.assert_allclose(panel.images[0].get_array(), h / 10 + 0.02)
+    brightness = [int(image.get_array().mean()) for panel in came for image in panel.images]
+    assert brightness == [103, 104]  # the film ends before the others
+    assert [len(panel.images) for panel in came] == [1, 1, 0, 0, 0]
+
+    # Nothing is cut, and nothing covers another.
+    script.FigureCanvasAgg(figure).draw()
+    titles = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text()]
+    assert len(titles) == 10
+    boxes = np.array([box.extents for box in (*titles, *[panel.bbox for panel in figure.axes])])
+    assert boxes[:, 0].min() >= script.SIDE
+    assert boxes[:, 1].min() >= 0
+    assert (boxes[:, 2:].max(axis=0) <= (width, height)).all()
+    for at, (left, bottom, right, top) in enumerate(boxes):
+        for left2, bottom2, right2, top2 in boxes[at + 1 :]:
+            assert left >= right2 or left2 >= right or bottom >= top2 or bottom2 >= top
+
+
 def test_what_cannot_be_filmed_is_refused(script, tmp_path):
     out = ["--out", str(tmp_path / "drive.gif")]
     for arguments, sentence in (
@@ -156,6 +200,10 @@ def test_what_cannot_be_filmed_is_refused(script, tmp_path):
         (["carracing", "--out", "drive.avi"], "--out writes .gif or .mp4, not 'drive.avi'"),
         (["carracing", "--episode", "100", *out], "--episode is 100"),
         (["carracing", "--candidates", "0", *out], "--candidates is 0"),
+        (
+            ["carracing-mlp", "--decoder", str(SCRIPT.parent / "decoders/carracing"), *out],
+            "another encoder than that of carracing-mlp",
+        ),
     ):
         with pytest.raises(UsageError, match=sentence):
             script.main(arguments)
@@ -166,4 +214,9 @@ def test_a_quick_film_has_a_frame_for_each_decision(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "drive.gif: 4 decisions of episode 0" in done.stdout
-    assert imageio.imread(tmp_path / "drive.gif").shape == (4, 544, 384, 3)
+    assert imageio.imread(tmp_path / "drive.gif").shape == (
+        4,
+        544,
+        592,
+        3,
+    )  # it comes with a decoder
