@@ -26,7 +26,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import decoder as decoders
 import evidence
@@ -37,11 +37,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import steps_sweep
 
-from valdi_jax import Agent, cli, model
-from valdi_jax.config import Config, validate
+from valdi_jax import Agent, cli
+from valdi_jax.config import ModelConfig, validate
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
-from valdi_jax.evaluate import evaluate
 from valdi_jax.networks.decoder import Decoder
 from valdi_jax.run.manifest import check_writable
 from valdi_jax.types import Array, Params
@@ -53,44 +52,12 @@ QUICK: dict[str, Any] = {"steps": [1], "rollouts": 20, "pairs": 2}
 QUICK_STEPS = 60
 
 
-class Pairs(NamedTuple):
-    """States and the agent's plans there."""
-
-    decisions: list[int]  # where in the episode
-    z: Array  # [P, D]
-    chunks: Array  # [P, H, C * A]
-    frames: list[np.ndarray]  # of each state and up to H after it: [1 .. H + 1, h, w, 3] uint8
-
-
-def drive(agent: Agent, count: int) -> Pairs:
-    """The pairs of `steps_sweep.states_and_plans`, with the frames that its episode shows there."""
-    # Not called: it keeps no frames, and a second episode need not be the same on every device.
-    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
-    sizes, episode = agent.config.model, driven.episode
-    at = np.linspace(0, len(driven.plan_seconds) - 1, count).round().astype(int)
-    observations = jax.tree.map(lambda x: x[at], episode.observations)
-    z = model.encode(agent.params, observations, config=agent.config)
-    chunks = agent.plan(observations).actions.reshape(count, sizes.horizon, -1)
+def frames_after(states: evidence.States, pair: int, sizes: ModelConfig) -> np.ndarray:
+    """What the episode shows of a state and of up to H after it: [1 .. H + 1, h, w, 3] uint8."""
+    first, episode = states.decisions[pair], states.episode
     # The last frame follows a chunk that the episode's end may have cut.
     images = episode.observations.image[: 1 + len(episode) // sizes.chunk]
-    frames = [images[first : first + sizes.horizon + 1] for first in at]
-    return Pairs(at.tolist(), z, chunks, frames)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rollouts"))
-def imagine(
-    params: Params, z: Array, chunks: Array, key: Array, *, config: Config, rollouts: int
-) -> Array:
-    """Latents [P, N, H, D], with the noise of `steps_sweep.variety`."""
-
-    def of_pair(z: Array, chunks: Array, key: Array) -> Array:
-        noise = jax.random.normal(key, (rollouts, config.model.horizon, config.model.latent_dim))
-        one = functools.partial(
-            model.imagine, config=config.model, steps=config.planner.diffusion_steps
-        )
-        return jax.vmap(one, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
-
-    return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
+    return images[first : first + sizes.horizon + 1]
 
 
 def pixel_distance(x: Array, y: Array) -> Array:
@@ -199,19 +166,17 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: means over the pairs for each number of steps, the paper's LPIPS beside."""
-    lines = [
-        "| agent | steps | pixels | 1 - SSIM | LPIPS | latents | paper, CarRacing: LPIPS |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["agent", "steps", "pixels", "1 - SSIM", "LPIPS", "latents", "paper, CarRacing: LPIPS"]
+    lines = []
     for steps in dict.fromkeys(row["steps"] for row in rows):
         own = [row for row in rows if row["steps"] == steps]
-        measured = " | ".join(
+        measured = [
             "" if own[0][name] is None else f"{np.mean([row[name] for row in own]):.4f}"
             for name in ("pixels", "one_minus_ssim", "lpips", "latents")
-        )
+        ]
         _, paper = steps_sweep.PAPER.get(("diffusion", steps), ("", ""))
-        lines.append(f"| {Path(own[0]['agent']).name} | {steps} | {measured} | {paper} |")
-    return "\n".join(lines)
+        lines.append([Path(own[0]["agent"]).name, str(steps), *measured, paper])
+    return evidence.markdown(titles, lines)
 
 
 def open_both(name: str, directory: Path) -> tuple[Agent, Decoder, Params]:
@@ -220,9 +185,7 @@ def open_both(name: str, directory: Path) -> tuple[Agent, Decoder, Params]:
     Raises:
         UsageError: if the agent imagines one future or none, or the decoder is not its own.
     """
-    agent = Agent.load(name)
-    if "dynamics" not in agent.params:
-        raise UsageError(f"{name} has no dynamics that imagine latents")
+    agent = evidence.load(name, "dynamics")
     dynamics = agent.config.model.dynamics
     if DYNAMICS[dynamics].step is not None:
         raise UsageError(f"{name} has {dynamics} dynamics: they imagine one future, whatever noise")
@@ -286,19 +249,19 @@ def main(argv: Sequence[str]) -> int:
         check_writable(path)
     weights = open_lpips(decoder)
 
-    pairs = drive(agent, arguments.pairs)
+    states = evidence.states(agent, arguments.pairs)
     rows: list[dict[str, Any]] = []
     for each in configs:
         shown: dict[str, Any] = {"pixels": -1.0}
-        latents = imagine(
+        latents = steps_sweep.imagine(
             agent.params,
-            pairs.z,
-            pairs.chunks,
+            states.z,
+            states.chunks,
             jax.random.key(0),
             config=each.graph,
             rollouts=arguments.rollouts,
         )
-        for pair, decision in enumerate(pairs.decisions):
+        for pair, decision in enumerate(states.decisions):
             last = latents[pair, :, -1]
             images = decoders.decode_all(decoder_params, last, decoder=decoder)
             numbers, apart = measure(last, images, weights)
@@ -319,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
     print(table(rows))
 
     pair, chosen = shown["pair"], np.array(shown["chosen"])
-    start = jnp.broadcast_to(pairs.z[pair], (SHOWN, 1, pairs.z.shape[-1]))
+    start = jnp.broadcast_to(states.z[pair], (SHOWN, 1, states.z.shape[-1]))
     trajectories = jnp.concatenate([start, latents[pair, chosen]], axis=1)
     flat = trajectories.reshape(-1, trajectories.shape[-1])
     images = np.asarray(decoders.decode_all(decoder_params, flat, decoder=decoder))
@@ -329,7 +292,7 @@ def main(argv: Sequence[str]) -> int:
         f"environment steps a column: {config.model.chunk}"
     )
     futures = images.reshape(*trajectories.shape[:2], *images.shape[1:])
-    draw(arguments.out, pairs.frames[pair], futures, title)
+    draw(arguments.out, frames_after(states, pair, config.model), futures, title)
     return 0
 
 

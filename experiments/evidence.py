@@ -1,4 +1,4 @@
-"""Results as files that say what made them."""
+"""What the scripts share: the states that they look at, and results that say what made them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,65 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import valdi_jax
+from valdi_jax import Agent, model
+from valdi_jax.data.episode import Episode
+from valdi_jax.errors import UsageError
+from valdi_jax.evaluate import evaluate
 from valdi_jax.run.manifest import write_json
+from valdi_jax.types import Array, Plan
 
 HERE = Path(__file__).parent
+
+
+class States(NamedTuple):
+    """States spread over an agent's first fixed episode, and its plans there."""
+
+    episode: Episode
+    decisions: list[int]  # which of its states
+    z: Array  # [P, D]
+    plans: Plan  # [P, ...]
+    chunks: Array  # [P, H, C * A], the plans' actions
+
+
+def states(agent: Agent, count: int) -> States:
+    """Drive the episode, and plan anew at so many of its states."""
+    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
+    at = np.linspace(0, len(driven.plan_seconds) - 1, count).round().astype(int)
+    observations = jax.tree.map(lambda x: x[at], driven.episode.observations)
+    z = model.encode(agent.params, observations, config=agent.config)
+    plans = agent.plan(observations)
+    chunks = plans.actions.reshape(count, agent.config.model.horizon, -1)
+    return States(driven.episode, at.tolist(), z, plans, chunks)
+
+
+def load(name: str, *parts: str) -> Agent:
+    """Load an agent that has these networks.
+
+    Raises:
+        UsageError: if it has not all of them, or is none.
+    """
+    agent = Agent.load(name)
+    missing = [part for part in parts if part not in agent.params]
+    if missing:
+        raise UsageError(f"{name} has no {' and no '.join(missing)} network")
+    return agent
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in (titles, *rows)]
+    return "\n".join([head, "|---" * len(titles) + "|", *lines])
+
+
+def plus_minus(mean: float, error: float | None, digits: int) -> str:
+    """A number with its standard error, if it has one."""
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], arguments: Sequence[str]) -> None:

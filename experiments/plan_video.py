@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import decoder as decoders
+import evidence
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
@@ -340,13 +341,13 @@ def draw(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def load(name: Path | str) -> Agent:
+def load(name: str) -> Agent:
     """Load an agent of CarRacing.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if it is none, or predicts no return.
     """
-    agent = Agent.load(name)
+    agent = evidence.load(name, "dynamics", "reward")
     env = agent.make_env()
     try:
         if not isinstance(env.unwrapped, FastCarRacing):
@@ -355,8 +356,6 @@ def load(name: Path | str) -> Agent:
             )
     finally:
         env.close()
-    if not {"dynamics", "reward"} <= agent.params.keys():
-        raise UsageError(f"{name} has no dynamics with rewards: nothing predicts a return")
     return agent
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from valdi_jax import Agent, model
+from valdi_jax import Agent, cli
 from valdi_jax.config import Config
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.evaluate import evaluate, summary
+from valdi_jax.errors import UsageError
+from valdi_jax.evaluate import summary
 from valdi_jax.planners.base import correlated_normal, hold
 from valdi_jax.planners.scoring import predicted_return
 from valdi_jax.types import Array, Params
@@ -70,17 +71,14 @@ def choices(scores: np.ndarray, further: np.ndarray) -> dict[str, float]:
 
 def populations(agent: Agent, states: int, candidates: int) -> tuple[Array, dict[str, Array]]:
     """Latents [P, D] spread over the first episode, and actions [P, N, H, C * A] there."""
-    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
-    at = np.linspace(0, len(driven.plan_seconds) - 1, states).round().astype(int)
-    observations = jax.tree.map(lambda x: x[at], driven.episode.observations)
-    plans, config = agent.plan(observations), agent.config
+    found, config = evidence.states(agent, states), agent.config
     shape = (states, candidates, *config.search_shape)
     noise = correlated_normal(jax.random.key(1), shape, correlation=config.planner.correlation)
     noise = hold(noise, config.planner.action_hold)
-    drawn = {"first": noise, "last": plans.mean[:, None] + plans.std[:, None] * noise}
+    drawn = {"first": noise, "last": found.plans.mean[:, None] + found.plans.std[:, None] * noise}
     shape = (states, candidates, config.model.horizon, -1)
     chunks = {name: jnp.tanh(x).reshape(shape) for name, x in drawn.items()}
-    return model.encode(agent.params, observations, config=config), chunks
+    return found.z, chunks
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -122,17 +120,15 @@ def measure(agent: Agent, steps: int, z: Array, chunks: Array, draws: int) -> di
 def table(rows: list[dict[str, Any]], columns: list[tuple[str, str, str]]) -> str:
     """Markdown: a row an agent, population and number of steps; columns (title, group, name)."""
     titles = ["agent", "candidates", "steps", *(title for title, _, _ in columns)]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for r in rows:
-        cells = [Path(r["agent"]).name, r["population"], str(r["steps"])]
-        for _, group, name in columns:
-            mean, error = r[group][name]["mean"], r[group][name]["standard_error"]
-            cells.append(f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        numbers = [r[group][name] for _, group, name in columns]
+        cells = [evidence.plus_minus(x["mean"], x["standard_error"], 2) for x in numbers]
+        lines.append([Path(r["agent"]).name, r["population"], str(r["steps"]), *cells])
+    return evidence.markdown(titles, lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("agents", nargs="+", metavar="AGENT")
@@ -142,29 +138,29 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=48, help=f"a multiple of {FUTURES}")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a trial")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(QUICK)
     if arguments.draws % FUTURES:
-        parser.error(f"--draws is {arguments.draws}; it must be a multiple of {FUTURES}")
+        raise UsageError(f"--draws is {arguments.draws}; it must be a multiple of {FUTURES}")
     counts = {name: getattr(arguments, name) for name in ("states", "candidates", "draws")}
     rows = []
     for name in arguments.agents:
         agent = Agent.load(name)
         sizes, kind = agent.config.model, agent.config.planner.kind
         if DYNAMICS[sizes.dynamics].step or "q" in sizes.networks or kind != "cem":
-            raise SystemExit(f"{name} is no agent with diffusion steps, a value head and CEM")
+            raise UsageError(f"{name} is no agent with diffusion steps, a value head and CEM")
         z, both = populations(agent, arguments.states, arguments.candidates)
         for population, chunks in both.items():
             for steps in arguments.steps:
                 settings = {"agent": name, "population": population, "steps": steps} | counts
                 rows.append(settings | measure(agent, steps, z, chunks, arguments.draws))
     if arguments.json:
-        evidence.write(arguments.json, rows, sys.argv)
+        evidence.write(arguments.json, rows, [__file__, *argv])
     print(table(rows, [(name, "spreads", name) for name in ("luck", "merit", "share", "left")]))
     for choice in ("top", "optimism", "regret"):
         print("\n" + table(rows, [(f"{choice}: {way}", way, choice) for way in WAYS]))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

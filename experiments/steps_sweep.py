@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from valdi_jax import Agent, model
+from valdi_jax import Agent, cli, model
 from valdi_jax.config import Config
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.evaluate import evaluate, summary
+from valdi_jax.evaluate import summary
 from valdi_jax.types import Array, Params
 
 # Read off the paper's plot, by dynamics and steps: returns of its two runs, LPIPS.
@@ -52,47 +53,41 @@ def spread(latents: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rollouts"))
-def variety(
+def imagine(
     params: Params, z: Array, chunks: Array, key: Array, *, config: Config, rollouts: int
 ) -> Array:
-    """Mean `spread` [] of imagined last latents, over states z [P, D] and plans [P, H, C * A]."""
+    """Latents [P, N, H, D] that follow states z [P, D] under plans [P, H, C * A], N times each."""
 
     def of_pair(z: Array, chunks: Array, key: Array) -> Array:
         noise = jax.random.normal(key, (rollouts, config.model.horizon, config.model.latent_dim))
-        imagine = functools.partial(
+        one = functools.partial(
             model.imagine, config=config.model, steps=config.planner.diffusion_steps
         )
-        imagined = jax.vmap(imagine, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
-        return spread(imagined[:, -1])
+        return jax.vmap(one, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
 
-    return jnp.mean(jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0])))
-
-
-def states_and_plans(agent: Agent, count: int) -> tuple[Array, Array]:
-    """Latents [P, D] at decisions spread over the first episode, and plans [P, H, C * A] there."""
-    (driven,) = evaluate(agent.params, agent.config, episodes=1, keep_observations=True)
-    decisions = len(driven.plan_seconds)
-    at = np.linspace(0, decisions - 1, count).round().astype(int)
-    observations = jax.tree.map(lambda x: x[at], driven.episode.observations)
-    z = model.encode(agent.params, observations, config=agent.config)
-    chunks = agent.plan(observations).actions.reshape(count, agent.config.model.horizon, -1)
-    return z, chunks
+    return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
 
 
-def measure(agent: Agent, steps: int | None, episodes: int, pairs: Any, rollouts: int) -> Row:
+def measure(
+    agent: Agent,
+    steps: int | None,
+    episodes: int,
+    states: evidence.States | None,
+    rollouts: int,
+) -> Row:
     """Return, time and variety with a number of diffusion steps; without any, nothing varies."""
     config, different = agent.config, 0.0
     if steps is not None:
         agent.config = config.replace(planner={"diffusion_steps": steps})
-        different = float(
-            variety(
-                agent.params,
-                *pairs,
-                jax.random.key(0),
-                config=agent.config.graph,
-                rollouts=rollouts,
-            )
+        latents = imagine(
+            agent.params,
+            states.z,
+            states.chunks,
+            jax.random.key(0),
+            config=agent.config.graph,
+            rollouts=rollouts,
         )
+        different = float(jnp.mean(jax.vmap(spread)(latents[:, :, -1])))
     scored = agent.evaluate(episodes=episodes)
     agent.config = config
     numbers = summary([result.episode.episode_return for result in scored])
@@ -107,19 +102,15 @@ def measure(agent: Agent, steps: int | None, episodes: int, pairs: Any, rollouts
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row an agent and number of steps, the paper's numbers on CarRacing beside."""
-    lines = [
-        "| agent | steps | return | plan ms | variety | paper, CarRacing: return | LPIPS |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["agent", "steps", "return", "plan ms", "variety", "paper, CarRacing: return", "LPIPS"]
+    lines = []
     for r in rows:
-        score = f"{r['mean']:.0f}"
-        if r["standard_error"] is not None:
-            score += f" ± {r['standard_error']:.0f}"
-        steps = "" if r["steps"] is None else r["steps"]
-        paper = " | ".join(PAPER.get((r["dynamics"], r["steps"]), ("", "")))
-        measured = f"{score} | {r['plan_ms']:.1f} | {r['variety']:.4f}"
-        lines.append(f"| {Path(r['agent']).name} | {steps} | {measured} | {paper} |")
-    return "\n".join(lines)
+        steps = "" if r["steps"] is None else str(r["steps"])
+        score = evidence.plus_minus(r["mean"], r["standard_error"], 0)
+        paper = PAPER.get((r["dynamics"], r["steps"]), ("", ""))
+        measured = f"{r['plan_ms']:.1f}", f"{r['variety']:.4f}"
+        lines.append([Path(r["agent"]).name, steps, score, *measured, *paper])
+    return evidence.markdown(titles, lines)
 
 
 def draw(rows: list[Row], out: Path) -> None:
@@ -156,7 +147,7 @@ def draw(rows: list[Row], out: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a trial: 1 and 2 steps, short episodes"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     pairs, rollouts = 8, 100
     if arguments.quick:
         arguments.steps, arguments.episodes, pairs, rollouts = [1, 2], 2, 2, 20
@@ -176,14 +167,12 @@ def main() -> None:
     rows: list[Row] = json.loads(arguments.json.read_text())["rows"] if kept else []
     shown = []
     for name in arguments.agents:
-        agent = Agent.load(name)
-        if "dynamics" not in agent.params:
-            raise SystemExit(f"{name} has no dynamics that imagine latents")
+        agent = evidence.load(name, "dynamics")
         if arguments.quick:
             agent.config = agent.config.replace(env={"max_steps": 60})
         dynamics = agent.config.model.dynamics
         generative = DYNAMICS[dynamics].step is None
-        own_pairs = functools.cache(functools.partial(states_and_plans, agent, pairs))
+        own_states = functools.cache(functools.partial(evidence.states, agent, pairs))
         for steps in arguments.steps if generative else [None]:
             settings = {
                 "agent": name,
@@ -196,11 +185,11 @@ def main() -> None:
             }
             row = next((row for row in rows if settings.items() <= row.items()), None)
             if row is None:
-                chosen = own_pairs() if generative else None
+                chosen = own_states() if generative else None
                 row = settings | measure(agent, steps, arguments.episodes, chosen, rollouts)
                 rows.append(row)
                 if arguments.json:
-                    evidence.write(arguments.json, rows, sys.argv)
+                    evidence.write(arguments.json, rows, [__file__, *argv])
             shown.append(row)
     print(table(shown))
     if arguments.figure and importlib.util.find_spec("matplotlib"):
@@ -210,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from valdi_jax import Agent, model
+from valdi_jax import Agent, cli, model
 from valdi_jax.config import Config
 from valdi_jax.data.rollout import Job
 from valdi_jax.data.source import evaluation_jobs
@@ -155,10 +154,7 @@ def statistics(h: int, episodes: Sequence[np.ndarray]) -> dict[str, Any]:
 
 def diagnose(name: str, *, states: int, episodes: int, steps: int) -> dict[str, Any]:
     """Both diagnostics of one agent."""
-    agent = Agent.load(name)
-    missing = [part for part in ("dynamics", "value") if part not in agent.params]
-    if missing:
-        raise SystemExit(f"{name} has no {' and no '.join(missing)}")
+    agent = evidence.load(name, "dynamics", "value")
     model_config = agent.config.model
     decisions = max(steps, -(-states // episodes))
     values, errors = drive(agent, evaluation_jobs(episodes), decisions)
@@ -180,19 +176,17 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     """Markdown: a row an agent, then the paper's, a column each h."""
     columns = max(rows, key=lambda row: len(row[kind]))[kind]
     title = {"td": "TD error, h =", "drift": "drift, h ="}[kind]
-    lines = [f"| {title} | " + " | ".join(str(cell["h"]) for cell in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for row in rows:
-        errors = [c["standard_error"] for c in row[kind]]
-        errors = ["" if error is None else f" ± {error:.2f}" for error in errors]
-        cells = [f"{c['mean']:.2f}{error}" for c, error in zip(row[kind], errors, strict=True)]
-        lines.append(f"| {Path(row['agent']).name} | " + " | ".join(cells) + " |")
+    lines = [
+        [Path(row["agent"]).name]
+        + [evidence.plus_minus(cell["mean"], cell["standard_error"], 2) for cell in row[kind]]
+        for row in rows
+    ]
     for name, numbers in PAPER[kind].items():
-        lines.append(f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
-    return "\n".join(lines)
+        lines.append([name, *[f"{number:.2f}" for number in numbers]])
+    return evidence.markdown([title, *[str(cell["h"]) for cell in columns]], lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,7 +198,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="a trial: 30 steps, 8 states")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.states, arguments.episodes, arguments.steps = 8, 1, 30
     rows = []
@@ -212,9 +206,9 @@ def main() -> None:
         amounts = {key: getattr(arguments, key) for key in ("states", "episodes", "steps")}
         rows.append(diagnose(name, **amounts))
         if arguments.json:
-            evidence.write(arguments.json, rows, sys.argv)
+            evidence.write(arguments.json, rows, [__file__, *argv])
     print(table(rows, "td"), table(rows, "drift"), sep="\n\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -113,62 +112,24 @@ def test_the_least_alike_begin_with_the_furthest_pair(futures):
     assert sorted(futures.least_alike(np.zeros((4, 4)), 4)) == [0, 1, 2, 3]
 
 
-def test_futures_are_those_whose_variety_is_swept(script, futures):
-    agent, sweep = Agent.load("carracing"), script("steps_sweep")
-    sizes, config = agent.config.model, agent.config.graph
-    z = jax.random.normal(jax.random.key(1), (2, sizes.latent_dim))
-    chunks = jnp.zeros((2, sizes.horizon, sizes.chunk * sizes.action_dim))
-    inputs = agent.params, z, chunks, jax.random.key(0)
-    latents = futures.imagine(*inputs, config=config, rollouts=3)
-    assert latents.shape == (2, 3, sizes.horizon, sizes.latent_dim)
-    expected = sweep.variety(*inputs, config=config, rollouts=3)
-    assert expected > 1e-3
-    np.testing.assert_allclose(
-        np.mean([sweep.spread(last) for last in latents[:, :, -1]]), expected, rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize(
     ("steps", "left"), [pytest.param(30, 1, id="whole"), pytest.param(28, 0, id="cut")]
 )
-def test_states_are_those_of_the_sweep_with_the_frames_after_them(
-    script, futures, monkeypatch, steps, left
-):
-    sweep, agent = script("steps_sweep"), Agent.load("carracing")
-    sizes, decisions = agent.config.model, 10
+def test_states_are_shown_with_the_frames_after_them(futures, steps, left):
+    sizes = Agent.load("carracing").config.model
     assert (sizes.chunk, sizes.horizon) == (3, 5)
-    rng = np.random.default_rng(0)
-    image = rng.integers(256, size=(decisions + 1, 48, 48, 3), dtype=np.uint8)
-    vector = rng.normal(size=(decisions + 1, 7)).astype(np.float32)
+    image = np.random.default_rng(0).integers(256, size=(11, 48, 48, 3), dtype=np.uint8)
     episode = Episode(
-        observations=Observation(image=image, vector=vector),
+        observations=Observation(image=image, vector=None),
         actions=np.zeros((steps, sizes.action_dim), np.float32),
         rewards=np.zeros(steps, np.float32),
         terminated=False,
         truncated=True,
         seed=0,
     )
-
-    def evaluate(params, config, *, episodes, keep_observations):
-        return [SimpleNamespace(episode=episode, plan_seconds=np.zeros(decisions))]
-
-    def plan(observations):
-        count = len(observations.image)
-        mean = observations.image.mean(axis=(1, 2, 3))[:, None, None]
-        rows = sizes.horizon * sizes.chunk
-        return SimpleNamespace(actions=mean * np.ones((count, rows, sizes.action_dim)))
-
-    stub = SimpleNamespace(params=agent.params, config=agent.config, plan=plan)
-    for module in (sweep, futures):
-        monkeypatch.setattr(module, "evaluate", evaluate)
-    pairs = futures.drive(stub, 3)
-    z, chunks = sweep.states_and_plans(stub, 3)
-    np.testing.assert_array_equal(pairs.z, z)
-    np.testing.assert_array_equal(pairs.chunks, chunks)
-    assert pairs.decisions == [0, 4, 9]
-    seen = image[:6], image[4:10], image[9 : 10 + left]
-    for frames, expected in zip(pairs.frames, seen, strict=True):
-        np.testing.assert_array_equal(frames, expected)
+    states = futures.evidence.States(episode, [0, 4, 9], None, None, None)
+    for pair, expected in enumerate((image[:6], image[4:10], image[9 : 10 + left])):
+        np.testing.assert_array_equal(futures.frames_after(states, pair, sizes), expected)
 
 
 def save_tiny(script, directory, agent, digest=None):
@@ -251,8 +212,9 @@ def test_the_picture_is_of_the_state_whose_futures_differ_most(
     sizes = agent.config.model
     z = jax.random.normal(jax.random.key(1), (4, sizes.latent_dim))[jnp.array([1, 2, 0, 3])]
     chunks = jnp.zeros((4, sizes.horizon, sizes.chunk * sizes.action_dim))
-    pairs = futures.Pairs([0, 3, 6, 9], z, chunks, ["a", "b", "c", "d"])
-    monkeypatch.setattr(futures, "drive", lambda agent, count: pairs)
+    states = futures.evidence.States(None, [0, 3, 6, 9], z, None, chunks)
+    monkeypatch.setattr(futures.evidence, "states", lambda agent, count: states)
+    monkeypatch.setattr(futures, "frames_after", lambda states, pair, sizes: "abcd"[pair])
     monkeypatch.setattr(futures, "draw", lambda *inputs: drawn.append(inputs))
     out, kept = tmp_path / "o.png", tmp_path / "o.json"
     options = ["--steps", "2", "1", "--rollouts", "5", "--out", str(out), "--json", str(kept)]
@@ -266,12 +228,14 @@ def test_the_picture_is_of_the_state_whose_futures_differ_most(
     assert 0 < most < 3, pixels
     ((path, frames, images, title),) = drawn
     assert (path, frames) == (out, "abcd"[most])
-    assert f"steps: 1; 4 of 5 futures from decision t = {pairs.decisions[most]};" in title
+    assert f"steps: 1; 4 of 5 futures from decision t = {states.decisions[most]};" in title
 
     decoder, params, _ = script("decoder").load(tmp_path)
     config = agent.config.replace(planner={"diffusion_steps": 1}).graph
     key = jax.random.key(0)
-    latents = futures.imagine(agent.params, z, chunks, key, config=config, rollouts=5)[most]
+    latents = script("steps_sweep").imagine(
+        agent.params, z, chunks, key, config=config, rollouts=5
+    )[most]
     every = decode(params, latents, decoder=decoder)
     last = np.asarray(every[:, -1])
     apart = np.sqrt(np.square(last[:, None] - last[None]).mean(axis=(2, 3, 4)))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from valdi_jax import Agent
+from valdi_jax import Agent, model
 from valdi_jax.data.source import evaluation_jobs
+from valdi_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,17 +93,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
         return {"mean": 1.0, "standard_error": None, "plan_ms": 2.0, "variety": 0.5}
 
     monkeypatch.setattr(sweep, "measure", measure)
-    monkeypatch.setattr(sweep, "states_and_plans", lambda agent, count: f"{count} pairs")
-    command = ["steps_sweep.py", "pendulum", "lunarlander", "--steps", "1", "4", "--json"]
-    monkeypatch.setattr(sys, "argv", [*command, str(path)])
+    monkeypatch.setattr(sweep.evidence, "states", lambda agent, count: f"{count} pairs")
+    command = ["pendulum", "lunarlander", "--steps", "1", "4", "--json", str(path)]
     with pytest.raises(KeyboardInterrupt):
-        sweep.main()
+        sweep.main(command)
     assert [row["steps"] for row in json.loads(path.read_text())["rows"]] == [1]
-    sweep.main()
+    sweep.main(command)
     once = [(1, 100, "8 pairs"), (4, 100, "8 pairs"), (4, 100, "8 pairs"), (None, 100, None)]
     assert calls == once  # one step more than once: it was interrupted; an MLP takes no steps
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--episodes", "3"])
-    sweep.main()
+    sweep.main([*command, "--episodes", "3"])
     assert [episodes for _, episodes, _ in calls[4:]] == [3, 3, 3]
     assert len(json.loads(path.read_text())["rows"]) == 6
 
@@ -161,14 +160,54 @@ def test_states_are_spread_over_all_episodes(script):
     assert [x.tolist() for x in spread_over(episodes, 99)] == [[0, 1, 2, 3], [10, 11, 12]]
 
 
-def test_variety_is_of_the_noise_alone(script):
-    sweep, agent = script("steps_sweep"), Agent.load("lunarlander")
+def test_futures_differ_by_the_noise_alone(script):
+    sweep = script("steps_sweep")
+    for name, differ in (("lunarlander", False), ("pendulum", True)):  # an MLP imagines one
+        agent = Agent.load(name)
+        sizes, config = agent.config.model, agent.config.graph
+        z = jnp.zeros((2, sizes.latent_dim))
+        chunks = jnp.zeros((2, sizes.horizon, sizes.chunk * sizes.action_dim))
+        latents = sweep.imagine(
+            agent.params, z, chunks, jax.random.key(0), config=config, rollouts=3
+        )
+        assert latents.shape == (2, 3, sizes.horizon, sizes.latent_dim)
+        for last in latents[:, :, -1]:
+            assert (sweep.spread(last) > 1e-3) == differ
+
+
+def test_an_agent_without_what_a_script_needs_is_refused(script):
+    evidence = script("evidence")
+    assert "value" in evidence.load("pendulum", "dynamics", "value").params
+    with pytest.raises(UsageError, match="pendulum has no prior and no policy network"):
+        evidence.load("pendulum", "prior", "value", "policy")
+
+
+def test_states_are_spread_over_the_episode_with_plans_made_there(script):
+    agent = Agent.load("pendulum")
+    agent.config = agent.config.replace(env={"max_steps": 8 * agent.config.model.chunk})
+    states = script("evidence").states(agent, 3)
+    assert states.decisions == [0, 4, 7]  # 3.5 is rounded to even
+    observations = jax.tree.map(lambda x: x[np.array([0, 4, 7])], states.episode.observations)
+    np.testing.assert_allclose(
+        states.z, model.encode(agent.params, observations, config=agent.config), rtol=1e-5
+    )
+    np.testing.assert_array_equal(states.plans.actions, agent.plan(observations).actions)
     sizes = agent.config.model
-    z = jnp.zeros((1, sizes.latent_dim))
-    chunks = jnp.zeros((1, sizes.horizon, sizes.chunk * sizes.action_dim))
-    config, key = agent.config.graph, jax.random.key(0)
-    apart = sweep.variety(agent.params, z, chunks, key, config=config, rollouts=3)
-    assert float(apart) == 0, "an MLP imagines one future"
+    assert states.chunks.shape == (3, sizes.horizon, sizes.chunk * sizes.action_dim)
+    np.testing.assert_array_equal(
+        states.chunks.reshape(states.plans.actions.shape), states.plans.actions
+    )
+
+
+def test_a_table_has_a_line_a_row_and_errors_where_there_are_any(script):
+    evidence = script("evidence")
+    rows = [["mine", evidence.plus_minus(1.25, 0.5, 1)], ["", evidence.plus_minus(-20, None, 0)]]
+    assert evidence.markdown(["agent", "return"], rows).splitlines() == [
+        "| agent | return |",
+        "|---|---|",
+        "| mine | 1.2 ± 0.5 |",
+        "|  | -20 |",
+    ]
 
 
 def test_the_band_of_training_curves_covers_what_runs_differ_by(script):

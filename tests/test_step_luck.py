@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from valdi_jax import Agent
+from valdi_jax.errors import UsageError
 from valdi_jax.planners.scoring import predicted_return
 
 MERIT = np.linspace(0, 19, 20)[:, None]  # of candidates, whose standard deviation is sqrt(35)
@@ -85,10 +85,9 @@ def test_candidates_share_a_draw_or_have_their_own(luck):
     np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_luck_is_written_for_both_populations_and_all_steps(luck, monkeypatch, tmp_path, capsys):
+def test_luck_is_written_for_both_populations_and_all_steps(luck, tmp_path, capsys):
     path = tmp_path / "luck.json"
-    monkeypatch.setattr(sys, "argv", ["step_luck.py", "pendulum", "--quick", "--json", str(path)])
-    luck.main()
+    luck.main(["pendulum", "--quick", "--json", str(path)])
     data = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN, Infinity
     assert data["command"].startswith("python experiments/step_luck.py pendulum --quick")
     rows = data["rows"]
@@ -102,7 +101,6 @@ def test_luck_is_written_for_both_populations_and_all_steps(luck, monkeypatch, t
     assert capsys.readouterr().out.count("\n| pendulum | last | 2 | ") == 4
 
 
-def test_an_agent_without_steps_is_refused(luck, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["step_luck.py", "carracing-mlp"])
-    with pytest.raises(SystemExit, match="carracing-mlp is no agent with diffusion steps"):
-        luck.main()
+def test_an_agent_without_steps_is_refused(luck):
+    with pytest.raises(UsageError, match="carracing-mlp is no agent with diffusion steps"):
+        luck.main(["carracing-mlp"])
