@@ -1,6 +1,6 @@
 """The paper's figures and table as one page, stage by stage, from agents or from nothing.
 
-python experiments/reproduce.py --out build/figures              # the agents in the box: an hour
+python experiments/reproduce.py --out build/figures              # the agents in the box
 python experiments/reproduce.py --out runs/reproduce --train     # trains both of its own before
 
 Interrupt it, and the same command goes on: OUT/times.json says which stages are done, with which
@@ -39,6 +39,7 @@ CURVES = {
     "carracing": Path("experiments/curves/cpu-diffusion-averaged-0"),
     "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-0"),
 }
+DECODERS = Path("experiments/decoders")  # of agents in the box, by name
 TIMES, REPORT = "times.json", "report.html"
 
 
@@ -49,6 +50,7 @@ class Named(NamedTuple):
     stored: str  # the checkpoint that this is now
     generative: bool  # imagines futures that differ with the noise
     curve: Path | None  # the run that it is from
+    decoder: Path | None = None  # that it comes with
 
     @property
     def label(self) -> str:
@@ -56,7 +58,7 @@ class Named(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Options of the scripts: an hour of one core in all, half of it the steps."""
+    """Options of the scripts: three quarters of an hour of one core, and 18 minutes a decoder."""
 
     steps: str = "--episodes 20"
     values: str = "--episodes 25 --states 5000"
@@ -87,7 +89,13 @@ def describe(agent: str) -> Named:
     opened = open_agent(agent)
     own = Path(agent) if (Path(agent) / "metrics.jsonl").exists() else None
     generative = DYNAMICS[opened.config.model.dynamics].step is None
-    return Named(agent, opened.name, generative, CURVES.get(agent, own))
+    return Named(agent, opened.name, generative, CURVES.get(agent, own), shipped(agent))
+
+
+def shipped(agent: str) -> Path | None:
+    """The decoder that an agent in the box comes with, from the root."""
+    folder = DECODERS / agent
+    return folder if agent in BOX and (ROOT / folder / "decoder.json").exists() else None
 
 
 def stages(
@@ -113,15 +121,16 @@ def stages(
         found.append(Stage(name, command, tuple(paths.values()), (*trained, *needs), kept))
 
     names = [each.agent for each in agents]
-    generative = [each.agent for each in agents if each.generative][:1]
-    if generative:
-        add("decoder", "decoder.py", generative, sizes.decoder, {"--out": "decoder"})
+    generative = next((each for each in agents if each.generative), None)
+    if generative and not generative.decoder:
+        add("decoder", "decoder.py", [generative.agent], sizes.decoder, {"--out": "decoder"})
     files = {"--json": "steps.json", "--figure": "steps.png"}
     add("steps", "steps_sweep.py", names, sizes.steps, files, keeps=["--json"])
     if generative:
-        both, files = [*generative, str(out / "decoder")], {"--json": "futures.json"}
-        files["--out"] = "futures.png"
-        add("futures", "diverse_futures.py", both, sizes.futures, files, needs=["decoder"])
+        both = [generative.agent, str(generative.decoder or out / "decoder")]
+        needs = [] if generative.decoder else ["decoder"]
+        files = {"--json": "futures.json", "--out": "futures.png"}
+        add("futures", "diverse_futures.py", both, sizes.futures, files, needs)
     for each in agents:
         name = f"values-{each.label}"
         files = {"--json": f"{name}.json"}
