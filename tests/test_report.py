@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from valdi_jax import Agent
 from valdi_jax.errors import UsageError
+from valdi_jax.run.agents import locate
+from valdi_jax.run.manifest import content_digest
 from valdi_jax.train import parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +75,13 @@ def film(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path, film):
+def no_decoders(script, monkeypatch, tmp_path):
+    """The agents in the box come without decoders."""
+    monkeypatch.setattr(script("reproduce"), "DECODERS", tmp_path / "none")
+
+
+@pytest.fixture
+def folder(tmp_path, film, no_decoders):
     """A folder with all that the scripts write. The paper's numbers, but for what is said."""
     from imageio import v3 as imageio
 
@@ -120,7 +129,7 @@ def folder(tmp_path, film):
 
 def page_of(report, folder):
     assert report.main([str(folder)]) == 0
-    return (folder / "report.html").read_text()
+    return re.sub(r"\s+", " ", (folder / "report.html").read_text())  # as a browser reads it
 
 
 def mismatches(page):
@@ -186,7 +195,7 @@ def test_missing_pieces_are_named_with_what_makes_them(script, folder):
         assert what in mismatches(page)
 
 
-def test_an_empty_folder_is_a_page_of_what_is_missing(script, tmp_path):
+def test_an_empty_folder_is_a_page_of_what_is_missing(script, no_decoders, tmp_path):
     page = page_of(script("report"), tmp_path)
     assert "There are no numbers to compare" in page
     assert page.count("Missing: ") == 6
@@ -199,10 +208,67 @@ def test_an_empty_folder_is_a_page_of_what_is_missing(script, tmp_path):
 
 def test_the_page_stays_small(script, folder):
     report = script("report")
-    page = report.Page(report.read(folder), limit=300_000).html()  # a picture is some 144,000
+    page = report.render(report.read(folder), limit=300_000)  # a picture is some 192,000
     assert page.count("<img ") == 1
     assert page.count("Left out, as the page is full") == 3
     assert len(page) < 400_000
+
+
+def test_decoders_of_the_box_are_used_and_shown(script, tmp_path):
+    report, reproduce = script("report"), script("reproduce")
+    given = reproduce.describe("carracing")
+    stages = {stage.name: stage for stage in reproduce.stages(tmp_path, [given], reproduce.QUICK)}
+    assert "decoder" not in stages
+    assert "carracing experiments/decoders/carracing " in stages["futures"].command
+    assert stages["futures"].needs == ()
+    write(tmp_path / "steps.json", "steps_sweep.py", [score("carracing", "diffusion", 1, 790)])
+    page = page_of(report, tmp_path)
+    assert "carracing: 1,640,192 parameters, trained on 12,028 frames of 60 episodes" in page
+    assert "held out: 0.00129, that of the mean frame 0.00731" in page
+    assert "Made by <code>python experiments/decoder.py carracing --episodes 60" in page
+    assert page.count("<img ") == 1
+    assert "Missing: a decoder" not in page
+
+
+def test_each_agent_s_decoder_has_its_own_record(script, tmp_path, monkeypatch):
+    report, reproduce = script("report"), script("reproduce")
+    shipped = reproduce.ROOT / reproduce.DECODERS / "carracing"
+    monkeypatch.setattr(reproduce, "DECODERS", tmp_path / "decoders")
+    for name in ("carracing", "carracing-mlp"):
+        copy = shutil.copytree(shipped, tmp_path / "decoders" / name)
+        record = json.loads((copy / "decoder.json").read_text())
+        record |= {"agent": name, "command": f"decoder.py {name} --out x"}
+        (copy / "decoder.json").write_text(json.dumps(record))
+    page = page_of(report, tmp_path)
+    assert page.count("<img ") == 2
+    for name in ("carracing", "carracing-mlp"):
+        assert f"<p>{name}: 1,640,192 parameters" in page
+        assert f"Made by <code>decoder.py {name} --out x</code>.</p>" in page
+
+
+def test_another_agent_gets_a_decoder_of_its_own(script, tmp_path):
+    report, reproduce = script("report"), script("reproduce")
+    own = shutil.copytree(locate(Path("carracing")), tmp_path / "agents/carracing")
+    stages = reproduce.stages(tmp_path, [reproduce.describe(str(own))], reproduce.QUICK)
+    futures = next(stage for stage in stages if stage.name == "futures")
+    assert futures.needs == ("decoder",)
+    assert f"{own} {tmp_path}/decoder " in futures.command
+    write(tmp_path / "steps.json", "steps_sweep.py", [score(str(own), "diffusion", 1, 790)])
+    page = page_of(report, tmp_path)
+    assert f"Missing: a decoder.</b> <code>python experiments/decoder.py {own}" in page
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "experiments/decoders").iterdir()), ids=lambda path: path.name
+)
+def test_decoders_of_the_box_fit_its_agents(script, folder):
+    assert folder.name in script("reproduce").BOX
+    *_, record = script("decoder").load(folder)
+    params = Agent.load(folder.name).params
+    encoder = {part: params[part] for part in ("encoder", "normalizer") if part in params}
+    assert record["encoder_sha256"] == content_digest(encoder)
+    assert record["errors"]["validation"] < record["data"]["constant_error"]
+    assert (folder / "samples.png").exists()
 
 
 PROBE = """<script>
