@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import decoder
 import jax
 import jinja2
 import numpy as np
@@ -121,7 +122,7 @@ def read(where: Path) -> Results:
     values = sorted(rows("values*.json"), key=lambda row: (row["dynamics"], row["agent"]))
     own = [found] if (found := record(where / "decoder/decoder.json")) else []
     agents = list(dict.fromkeys(row["agent"] for row in [*steps, *values, *futures, *own]))
-    folders = {agent: reproduce.shipped(agent) for agent in agents or reproduce.BOX}
+    folders = {agent: decoder.shipped(agent) for agent in agents or reproduce.BOX}
     folders |= {each["agent"]: where.absolute() / "decoder" for each in own}  # not the shipped one
     there = [reproduce.ROOT / folder for folder in folders.values() if folder]
     decoders = {folder: record(folder / "decoder.json") for folder in there}

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from decoder import shipped
+
 from valdi_jax import cli
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
@@ -39,7 +41,6 @@ CURVES = {
     "carracing": Path("experiments/curves/cpu-diffusion-averaged-0"),
     "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-0"),
 }
-DECODERS = Path("experiments/decoders")  # of agents in the box, by name
 TIMES, REPORT = "times.json", "report.html"
 
 
@@ -89,13 +90,9 @@ def describe(agent: str) -> Named:
     opened = open_agent(agent)
     own = Path(agent) if (Path(agent) / "metrics.jsonl").exists() else None
     generative = DYNAMICS[opened.config.model.dynamics].step is None
-    return Named(agent, opened.name, generative, CURVES.get(agent, own), shipped(agent))
-
-
-def shipped(agent: str) -> Path | None:
-    """The decoder that an agent in the box comes with, from the root."""
-    folder = DECODERS / agent
-    return folder if agent in BOX and (ROOT / folder / "decoder.json").exists() else None
+    decoder = shipped(agent)
+    decoder = decoder and Path(from_root(str(decoder)))
+    return Named(agent, opened.name, generative, CURVES.get(agent, own), decoder)
 
 
 def stages(

@@ -77,7 +77,7 @@ def film(tmp_path_factory):
 @pytest.fixture
 def no_decoders(script, monkeypatch, tmp_path):
     """The agents in the box come without decoders."""
-    monkeypatch.setattr(script("reproduce"), "DECODERS", tmp_path / "none")
+    monkeypatch.setattr(script("decoder"), "SHIPPED", tmp_path / "none")
 
 
 @pytest.fixture
@@ -232,8 +232,8 @@ def test_decoders_of_the_box_are_used_and_shown(script, tmp_path):
 
 def test_each_agent_s_decoder_has_its_own_record(script, tmp_path, monkeypatch):
     report, reproduce = script("report"), script("reproduce")
-    shipped = reproduce.ROOT / reproduce.DECODERS / "carracing"
-    monkeypatch.setattr(reproduce, "DECODERS", tmp_path / "decoders")
+    shipped = reproduce.ROOT / "experiments/decoders/carracing"
+    monkeypatch.setattr(script("decoder"), "SHIPPED", tmp_path / "decoders")
     for name in ("carracing", "carracing-mlp"):
         copy = shutil.copytree(shipped, tmp_path / "decoders" / name)
         record = json.loads((copy / "decoder.json").read_text())
