@@ -143,6 +143,15 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         draws["dynamics"],
         config=config.model,
     )
+    if learn.sampled_steps:
+        predicted = model.imagine(
+            jax.lax.stop_gradient(params["dynamics"]),
+            jax.lax.stop_gradient(z),
+            batch.actions[:, :horizon],
+            draws["dynamics"].noise,
+            config=config.model,
+            steps=learn.sampled_steps,
+        )
     return View(
         z=z,
         trajectory=jnp.concatenate([z[:, None], predicted], axis=1),
