@@ -126,10 +126,10 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
     if not np.isfinite(actions).all():
         raise ValueError("an action is not finite")
     kept = [*range(0, steps, stride), steps]
-    observations = [interface.observe(_at(recorded.observations, i)) for i in kept]
+    observations = interface.observe_all(_rows(recorded.observations, kept))
     terminated = bool(np.asarray(recorded.terminations)[-1])
     return Episode(
-        observations=jax.tree.map(lambda *x: np.stack(x), *observations),
+        observations=observations,
         actions=actions,
         rewards=rewards,
         terminated=terminated,
@@ -138,8 +138,8 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
     )
 
 
-def _at(observations: Any, step: int) -> Any:
-    """One observation of arrays [L + 1, ...], or of a dict of them."""
+def _rows(observations: Any, rows: list[int]) -> Any:
+    """Some observations of arrays [L + 1, ...], or of a dict of them."""
     if isinstance(observations, dict):
-        return {name: _at(part, step) for name, part in observations.items()}
-    return observations[step]
+        return {name: _rows(part, rows) for name, part in observations.items()}
+    return np.asarray(observations)[rows]

@@ -92,20 +92,38 @@ class Interface:
             ValueError: if its shape or type is not the space's, or a value is not finite in
                 float32: it would stay in the replay buffer and the normaliser.
         """
-        parts = {
-            name: _part(observation, name if self._named else None, box)
-            for name, box in self._boxes.items()
-        }
+        parts = self._parts(observation, several=False)
         image = vector = None
         if self._image is not None:
             image = _to_uint8(parts[self._image], self._image_box)
         if self._vectors:
-            with np.errstate(over="ignore"):  # values too large are refused below
-                flat = [parts[name].astype(np.float32).ravel() for name in self._vectors]
-            vector = np.concatenate(flat)
-            _check_finite(vector)
-            self._warn_of_lost_resolution(parts)
+            vector = self._vector({name: parts[name][None] for name in self._vectors})[0]
         return Observation(image=image, vector=vector)
+
+    def observe_all(self, observations: np.ndarray | dict[str, np.ndarray]) -> Observation:
+        """`observe` several observations [N, ...], or a dict of such arrays, at once."""
+        parts = self._parts(observations, several=True)
+        image = vector = None
+        if self._image is not None:
+            image = np.stack([_to_uint8(frame, self._image_box) for frame in parts[self._image]])
+        if self._vectors:
+            vector = self._vector({name: parts[name] for name in self._vectors})
+        return Observation(image=image, vector=vector)
+
+    def _parts(self, observation: Any, *, several: bool) -> dict[str, np.ndarray]:
+        return {
+            name: _part(observation, name if self._named else None, box, several=several)
+            for name, box in self._boxes.items()
+        }
+
+    def _vector(self, parts: dict[str, np.ndarray]) -> np.ndarray:
+        """Vectors [N, V] of the parts [N, ...]."""
+        with np.errstate(over="ignore"):  # values too large are refused below
+            flat = [part.astype(np.float32).reshape(len(part), -1) for part in parts.values()]
+        vectors = np.concatenate(flat, axis=1)
+        _check_finite(vectors)
+        self._warn_of_lost_resolution(parts)
+        return vectors
 
     def unobserve(self, vectors: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
         """Convert vectors [L, ...] of the agent's observations to the environment's observations.
@@ -134,8 +152,7 @@ class Interface:
         return shape[0] if shape[1:] == box.shape and len(shape) == len(box.shape) + 1 else None
 
     def _warn_of_lost_resolution(self, parts: dict[str, np.ndarray]) -> None:
-        for name in self._vectors:
-            part = parts[name]
+        for name, part in parts.items():
             if not self._warned and part.dtype == np.float64 and np.any(np.abs(part) > _COARSE):
                 self._warned = True
                 largest = float(np.abs(part).max())
@@ -195,17 +212,18 @@ def _foreign(space: object) -> str:
     )
 
 
-def _part(observation: Any, name: str | None, box: gym.spaces.Box) -> np.ndarray:
-    """One array of an observation, checked against its space."""
+def _part(observation: Any, name: str | None, box: gym.spaces.Box, *, several: bool) -> np.ndarray:
+    """One array of an observation, or of several, checked against its space."""
     what = "the environment's observation" if name is None else f"the observation {name!r}"
     if name is not None:
         if not isinstance(observation, dict) or name not in observation:
             raise ValueError(f"{what} is missing: the environment gave {_describe(observation)}")
         observation = observation[name]
     array = np.asarray(observation)
-    if array.shape != box.shape or array.dtype.kind not in "biuf":
+    shape = array.shape[1:] if several else array.shape
+    if shape != box.shape or array.dtype.kind not in "biuf":
         raise ValueError(
-            f"{what} has the shape {array.shape} and type {array.dtype}; its space says "
+            f"{what} has the shape {shape} and type {array.dtype}; its space says "
             f"{box.shape} and {box.dtype}"
         )
     if box.dtype == np.uint8 and array.dtype != np.uint8 and _is_image(box):

@@ -147,7 +147,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         predicted = model.imagine(
             jax.lax.stop_gradient(params["dynamics"]),
             jax.lax.stop_gradient(z),
-            batch.actions[:, :horizon],
+            jnp.asarray(batch.actions[:, :horizon]),
             draws["dynamics"].noise,
             config=config.model,
             steps=learn.sampled_steps,
