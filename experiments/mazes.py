@@ -15,10 +15,9 @@ Diffuser do not compare.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import evidence
 import numpy as np
@@ -29,21 +28,59 @@ from rich.progress import Progress
 
 from valdi_jax import Agent, cli, compilation
 from valdi_jax.config import validate
-from valdi_jax.data.rollout import Job
+from valdi_jax.data.rollout import Job, first_carries, plan_batch
 from valdi_jax.data.source import evaluation_jobs
 from valdi_jax.envs.maze import MAZES
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate, summary
 from valdi_jax.observation import Observation
-from valdi_jax.planners import first_carry, plan
 
 D4RL = {"umaze": (23.85, 161.86), "medium": (13.13, 277.39), "large": (6.7, 273.99)}
 TASKS = {"own goal": "", "drawn goal": "-multi"}
 RADIUS = 0.45  # within which the goal gives its reward of 1 a step
 DRAWN = 6  # episodes in the figure
-TRIAL = {"episodes": 2, "max_steps": 20}
+QUICK = {"episodes": 2, "max_steps": 20}
 
 Act = Callable[[np.ndarray], np.ndarray]
+
+
+class Way(NamedTuple):
+    """An episode of the agent in the plane."""
+
+    planned: np.ndarray  # [H + 1, 2] positions of its plan
+    driven: np.ndarray  # [T + 1, 2]
+    goal: np.ndarray  # [2]
+
+
+def run(
+    agent: Agent, episodes: int, on_decision: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[Way]]:
+    """Drive the first of the fixed episodes: returns, and ways."""
+    rollouts = evaluate(
+        agent.params,
+        agent.config,
+        episodes=episodes,
+        on_decision=on_decision,
+        keep_observations=True,
+    )
+    ways = []
+    for rollout, job in zip(rollouts, evaluation_jobs(episodes), strict=True):
+        seen = rollout.episode.observations.vector
+        first, start = Observation(vector=seen[:1]), (np.zeros(1, np.int32), np.float32(0))
+        plan = plan_batch(
+            *(agent.params, first, job.key[None], *start, first_carries(1, agent.config)),
+            config=agent.config.graph,
+        )
+        states = np.asarray(plan.carry.rows)[0, :, agent.config.model.action_dim :]
+        ways.append(Way(states[:, :2], seen[:, :2], seen[0, 4:6]))
+    return [rollout.episode.episode_return for rollout in rollouts], ways
+
+
+def worth(way: Way, steps: int) -> float:
+    """The return of an episode of so many steps that goes exactly where it was planned to."""
+    near = np.linalg.norm(way.planned[1:] - way.goal, axis=-1) < RADIUS
+    near = np.pad(near, (0, max(steps - len(near), 0)), mode="edge")
+    return float(near[:steps].sum())
 
 
 def drive(agent: Agent, make: Callable[[Any, int], Act], jobs: Sequence[Job]) -> list[float]:
@@ -69,33 +106,10 @@ def random(maze: Any, seed: int) -> Act:
     return lambda observation: rng.uniform(-1, 1, 2).astype(np.float32)
 
 
-def follow_plans(agent: Agent, jobs: Sequence[Job]) -> list[float]:
-    """Returns of episodes that go exactly where the plan of their first observation does."""
-    env = agent.make_env()
-    first = np.stack([env.reset(seed=job.seed)[0] for job in jobs])
-    rows = np.asarray(agent.plan(first).carry.rows)[..., agent.config.model.action_dim :]
-    near = np.linalg.norm(rows[:, 1:, :2] - first[:, None, 4:6], axis=-1) < RADIUS
-    steps = agent.config.env.max_steps
-    near = np.pad(near, ((0, 0), (0, max(steps - near.shape[1], 0))), mode="edge")
-    return [float(total) for total in near[:, :steps].sum(axis=1)]
-
-
-def score(agent: Agent, episodes: int, on_decision: Callable[[], None]) -> dict[str, list[float]]:
-    """Returns of the agent, its plans, the controller and random actions on the same episodes."""
-    jobs = evaluation_jobs(episodes)
-    rollouts = evaluate(agent.params, agent.config, episodes=episodes, on_decision=on_decision)
-    return {
-        "Diffuser": [rollout.episode.episode_return for rollout in rollouts],
-        "its plans": follow_plans(agent, jobs),
-        "controller": drive(agent, controller, jobs),
-        "random": drive(agent, random, jobs),
-    }
-
-
 def rows_of(layout: str, task: str, returns: dict[str, list[float]]) -> list[dict[str, Any]]:
     """Summaries of one task, normalised both ways."""
     low, high = D4RL[layout]
-    own_low, own_high = (np.mean(returns[name]) for name in ("random", "controller"))
+    own_low, own_high = (float(np.mean(returns[name])) for name in ("random", "controller"))
     rows = []
     for name, values in returns.items():
         numbers = summary(values)
@@ -110,51 +124,32 @@ def rows_of(layout: str, task: str, returns: dict[str, list[float]]) -> list[dic
                 **numbers,
                 "reached": float(np.mean(np.asarray(values) > 0)),
                 "d4rl_normalized": 100 * (mean - low) / (high - low),
-                "own_normalized": float(100 * (mean - own_low) / max(own_high - own_low, 1e-9)),
+                "own_normalized": 100 * (mean - own_low) / (own_high - own_low)
+                if own_high > own_low
+                else None,
             }
         )
     return rows
 
 
-def follow(agent: Agent, job: Job) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-    """One episode: its maze, the planned and the driven positions [n, 2], and the goal [2]."""
-    env = agent.make_env()
-    observation, _ = env.reset(seed=job.seed)
-    goal, carry = observation[4:6].copy(), first_carry(agent.config)
-    planned, path, over = None, [observation[:2]], False
-    while not over:
-        seen = Observation(vector=observation.astype(np.float32))
-        answer = plan(agent.params, seen, job.key, config=agent.config, carry=carry)
-        carry = answer.carry
-        if planned is None:
-            planned = np.asarray(carry.rows)[:, agent.config.model.action_dim :][:, :2]
-        observation, _, terminated, truncated, _ = env.step(np.asarray(answer.actions[0]))
-        path.append(observation[:2])
-        over = terminated or truncated
-    return env.unwrapped.maze, planned, np.stack(path), goal
-
-
-def draw(agents: dict[str, Agent], episodes: int) -> Figure:
+def draw(maze: Any, ways: dict[str, Sequence[Way]]) -> Figure:
     """A row for each task, an episode for each column."""
-    figure = Figure(figsize=(2.6 * episodes, 2.9 * len(agents)), layout="constrained")
-    axes = figure.subplots(len(agents), episodes, squeeze=False)
-    for row, (task, agent) in zip(axes, agents.items(), strict=True):
-        for axis, job in zip(row, evaluation_jobs(episodes), strict=True):
-            maze, planned, path, goal = follow(agent, job)
-            half = maze.maze_size_scaling / 2
-            for i, cells in enumerate(maze.maze_map):
-                for j, cell in enumerate(cells):
-                    x, y = maze.cell_rowcol_to_xy(np.array([i, j]))
-                    if cell == 1:
-                        corner = x - half, y - half
-                        axis.add_patch(Rectangle(corner, 2 * half, 2 * half, color="0.75", lw=0))
-            steps = np.arange(len(planned))
-            axis.scatter(*planned.T, c=steps, cmap="plasma", s=9, zorder=2)
-            axis.plot(*path.T, "k-", lw=1, zorder=3)
-            axis.plot(*path[0], "o", color="tab:blue", ms=7, zorder=4)
-            axis.plot(*goal, "*", color="tab:green", ms=13, zorder=4)
-            axis.set(aspect="equal", xticks=[], yticks=[])
+    episodes = max(map(len, ways.values()))
+    figure = Figure(figsize=(2.6 * episodes, 2.9 * len(ways)), layout="constrained")
+    axes = figure.subplots(len(ways), episodes, squeeze=False)
+    half = maze.maze_size_scaling / 2
+    for row, (task, each) in zip(axes, ways.items(), strict=True):
         row[0].set_ylabel(task)
+        for axis, way in zip(row, each, strict=True):
+            for cell in np.argwhere(np.array(maze.maze_map, dtype=str) == "1"):
+                corner = maze.cell_rowcol_to_xy(cell) - half
+                axis.add_patch(Rectangle(corner, 2 * half, 2 * half, color="0.75", lw=0))
+            steps = np.arange(len(way.planned))
+            axis.scatter(*way.planned.T, c=steps, cmap="plasma", s=9, zorder=2)
+            axis.plot(*way.driven.T, "k-", lw=1, zorder=3)
+            axis.plot(*way.driven[0], "o", color="tab:blue", ms=7, zorder=4)
+            axis.plot(*way.goal, "*", color="tab:green", ms=13, zorder=4)
+            axis.set(aspect="equal", xticks=[], yticks=[])
     return figure
 
 
@@ -169,8 +164,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="plans over the maze (.png)")
     parser.add_argument("--quick", action="store_true", help="a trial of a minute")
     arguments = parser.parse_args(argv)
+    if arguments.horizon is not None and arguments.horizon < 2:
+        raise UsageError(f"--horizon is {arguments.horizon}; it must be above 1")
     if arguments.quick:
-        arguments.episodes = TRIAL["episodes"]
+        arguments.episodes = QUICK["episodes"]
     return arguments
 
 
@@ -180,37 +177,52 @@ def main(argv: Sequence[str]) -> int:
     given = Agent.load(arguments.agent)
     kind, _, name = given.config.env.name.partition(":")
     layout = name.removesuffix("-multi")
-    if kind != "maze" or not given.config.diffuses_plans:
-        raise UsageError(f"{arguments.agent} is no Diffuser of a maze, but of {kind}:{name}")
-    horizon = arguments.horizon or given.config.model.horizon + 1
-    steps = MAZES[layout][2]
+    if kind != "maze":
+        raise UsageError(f"{arguments.agent} is of {given.config.env.name}, and not of a maze")
+    if given.config.planner.diffuser.controller != "waypoints":
+        raise UsageError(f"{arguments.agent} is no Diffuser that follows its plans by waypoints")
+    steps, horizon = MAZES[layout][2], arguments.horizon or given.config.model.horizon + 1
     config = given.config.replace(env={"max_steps": steps}, model={"horizon": horizon - 1})
     validate(config)
-    steps = TRIAL["max_steps"] if arguments.quick else steps
-    agents = {}
-    for task, suffix in TASKS.items():
-        env = {"name": f"maze:{layout}{suffix}", "max_steps": steps}
-        agents[task] = Agent(given.params, config.replace(env=env))
-    rows = []
+    steps = QUICK["max_steps"] if arguments.quick else steps
+    jobs, rows, ways = evaluation_jobs(arguments.episodes), [], {}
     print(f"{'task':<12}{'':<12}{'return':>8}{'+- SE':>7}{'median':>8}{'D4RL':>7}{'own':>7}")
     with Progress(transient=True) as bar:
-        total = 2 * steps * arguments.episodes
-        progress = bar.add_task("driving", total=total)
-        for task, agent in agents.items():
-            returns = score(agent, arguments.episodes, lambda: bar.advance(progress))
-            for row in rows_of(layout, task, returns):
-                rows.append(row)
-                bar.console.print(
-                    f"{task:<12}{row['driver']:<12}{row['mean']:>8.1f}"
-                    f"{row['standard_error'] or np.nan:>7.1f}{row['median']:>8.1f}"
-                    f"{row['d4rl_normalized']:>7.0f}{row['own_normalized']:>7.0f}",
-                    highlight=False,
-                )
+        progress = bar.add_task("driving", total=2 * steps * arguments.episodes)
+        for task, suffix in TASKS.items():
+            env = {"name": f"maze:{layout}{suffix}", "max_steps": steps}
+            agent = Agent(given.params, config.replace(env=env))
+            returns, own = run(agent, arguments.episodes, lambda: bar.advance(progress))
+            ways[task] = own[:DRAWN]
+            found = {
+                "Diffuser": returns,
+                "its plans": [worth(way, steps) for way in own],
+                "controller": drive(agent, controller, jobs),
+                "random": drive(agent, random, jobs),
+            }
+            for row in rows_of(layout, task, found):
+                rows.append({"horizon": horizon} | row)
+                bar.console.print(line(row), highlight=False)
             if arguments.json:
-                evidence.write(arguments.json, rows, sys.argv)
+                evidence.write(arguments.json, rows, [__file__, *argv])
     if arguments.figure:
-        draw(agents, min(DRAWN, arguments.episodes)).savefig(arguments.figure, dpi=80)
+        draw(agent.make_env().unwrapped.maze, ways).savefig(arguments.figure, dpi=80)
     return 0
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table; what is not known is -."""
+    shown = [f"{row['task']:<12}{row['driver']:<12}"]
+    for name, width, digits in (
+        ("mean", 8, 1),
+        ("standard_error", 7, 1),
+        ("median", 8, 1),
+        ("d4rl_normalized", 7, 0),
+        ("own_normalized", 7, 0),
+    ):
+        value = row[name]
+        shown.append(f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}")
+    return "".join(shown)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +15,8 @@ from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
 from valdi_jax.observation import Observation
 from valdi_jax.presets import default_config
+
+DRIVEN = {"controller": 20.0, "random": 0.0}
 
 
 @pytest.fixture
@@ -41,17 +41,28 @@ def test_the_controller_reaches_the_goal_and_random_actions_rarely(mazes, agent)
     assert np.mean(mazes.drive(agent, mazes.random, jobs)) < 100
 
 
-def test_a_plan_is_worth_the_steps_that_it_spends_at_the_goal(mazes, agent, monkeypatch):
-    def plan(first):
-        start, goal = first[:, None, :2], first[:, None, 4:6]
-        share = np.array([0, 0, 0, 0, 1, 1, 0, 1])[:, None]  # there at 4, gone at 6, then stays
-        states = start + share * (goal - start)
-        rows = np.concatenate([np.zeros_like(states), states, np.zeros_like(states)], axis=-1)
-        return SimpleNamespace(carry=SimpleNamespace(rows=rows))
-
-    monkeypatch.setattr(agent, "plan", plan)
+def test_a_plan_is_worth_the_steps_that_it_spends_at_the_goal(mazes):
+    there = np.array([0, 0, 0, 0, 1, 1, 0, 1])[:, None]  # at 4, gone at 6, then it stays
+    way = mazes.Way(there * np.ones(2), np.zeros((1, 2)), np.ones(2))
     # Steps 4 and 5, and from 7 on: the first observation is step 0 and brings no reward.
-    assert mazes.follow_plans(agent, evaluation_jobs(6)) == [2 + 300 - 6] * 6
+    assert mazes.worth(way, 300) == 2 + 300 - 6
+    assert mazes.worth(way, 5) == 2
+    gone = mazes.Way(way.planned[:-1], way.driven, way.goal)
+    assert mazes.worth(gone, 300) == 2
+
+
+def test_the_plans_are_those_that_it_follows(mazes, agent):
+    agent = Agent(agent.params, agent.config.replace(env={"max_steps": 60}))
+    returns, ways = mazes.run(agent, 3)
+    assert len(returns) == len(ways) == 3
+    for way in ways:
+        assert way.planned.shape == (8, 2)
+        assert way.driven.shape == (61, 2)
+        # Both ends are pinned, within what an untrained scaler knows.
+        np.testing.assert_allclose(way.planned[0], np.clip(way.driven[0], -1, 1), atol=1e-4)
+        np.testing.assert_allclose(way.planned[-1], np.clip(way.goal, -1, 1), atol=1e-4)
+    spread = np.std([way.planned[4] for way in ways], axis=0)
+    assert spread.max() > 0, "each episode has its plan"
 
 
 def test_scores_are_normalized_with_d4rls_references_and_with_the_controllers(mazes):
@@ -61,25 +72,45 @@ def test_scores_are_normalized_with_d4rls_references_and_with_the_controllers(ma
     assert diffuser["own_normalized"] == pytest.approx(100 * (161.86 - 10) / 190)
     assert (controller["own_normalized"], random["own_normalized"]) == (100, 0)
     assert random["reached"] == 0.5
+    worse = mazes.rows_of("umaze", "own goal", returns | {"controller": [0.0, 10.0]})
+    assert worse[0]["own_normalized"] is None
+    assert mazes.line({"standard_error": None} | worse[0]).endswith(" -")
 
 
 def test_the_script_scores_and_draws_both_tasks(mazes, agent, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(mazes.Agent, "load", lambda _: agent)
+    seen, run = [], mazes.run
+
+    def running(agent, *rest):
+        _, ways = run(agent, *rest)
+        seen.append((agent.config.env.name, ways[0].planned.shape))
+        return [3.0, 5.0], ways
+
+    monkeypatch.setattr(mazes, "run", running)
+    monkeypatch.setattr(mazes, "drive", lambda _, make, jobs: [DRIVEN[make.__name__]] * len(jobs))
     results, figure = tmp_path / "mazes.json", tmp_path / "mazes.png"
     words = ["AGENT", "--quick", "--horizon", "16", "--json", str(results), "--figure", str(figure)]
-    monkeypatch.setattr(sys, "argv", ["mazes.py", *words])
     assert mazes.main(words) == 0
-    rows = json.loads(results.read_text())["rows"]
-    assert {(row["task"], row["driver"]) for row in rows} == {
-        (task, driver)
-        for task in ("own goal", "drawn goal")
-        for driver in ("Diffuser", "its plans", "controller", "random")
-    }
-    assert all(0 <= row["mean"] <= 20 for row in rows)
+    assert seen == [("maze:umaze", (16, 2)), ("maze:umaze-multi", (16, 2))]
+    file = json.loads(results.read_text())
+    assert file["command"].endswith(f"mazes.py {' '.join(words)}")
+    means = {(row["task"], row["driver"]): row["mean"] for row in file["rows"]}
+    for task in mazes.TASKS:
+        assert means[task, "Diffuser"] == 4
+        assert means[task, "controller"] == 20
+        assert means[task, "random"] == 0
+    assert len(means) == 8
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "own goal" in capsys.readouterr().out
+    assert "own goal    controller      20.0" in capsys.readouterr().out
 
 
-def test_an_agent_of_another_environment_is_refused(mazes):
-    with pytest.raises(UsageError, match="pendulum is no Diffuser of a maze"):
-        mazes.main(["pendulum"])
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["pendulum"], "pendulum is of pendulum, and not of a maze"),
+        (["pendulum", "--horizon", "1"], "--horizon is 1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(mazes, words, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        mazes.main(words)

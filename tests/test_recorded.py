@@ -25,7 +25,7 @@ from valdi_jax.model import init_params
 from valdi_jax.record import main as record_main
 from valdi_jax.record import record
 from valdi_jax.run import checkpoint
-from valdi_jax.run.checkpoint import open_agent
+from valdi_jax.run.checkpoint import StoredAgent, open_agent
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import main, parse_arguments, train
 
@@ -269,7 +269,7 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert "2 episodes, mean return -" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists already"):
         record_main(["minari:pendulum/random-v0", "--env", "pendulum"])
-    with pytest.raises(UsageError, match="either --agent, --replay, or --env"):
+    with pytest.raises(UsageError, match="one of --agent, --replay, or --env"):
         record_main(["minari:pendulum/other-v0"])
     options = [
         "--env",
@@ -313,17 +313,71 @@ def test_a_runs_replay_becomes_a_dataset(tmp_path, datasets, capsys):
         record_main(["minari:pendulum/other-v0", "--replay", "carracing"])
 
 
-def test_a_dict_is_put_together_again_and_an_image_is_not():
+def test_a_replay_of_images_is_refused(tmp_path, datasets, monkeypatch):
+    directory = tmp_path / "run"
+    config = CONFIG.replace(env={"name": "carracing"})
+    monkeypatch.setattr(checkpoint, "open_agent", lambda _: StoredAgent("", config, dict))
+    monkeypatch.setattr(checkpoint, "locate", lambda _: (directory, directory))
+    monkeypatch.setattr(checkpoint, "verify", lambda _: [])
+    with pytest.raises(UsageError, match="only a replay of vectors"):
+        record_main(["minari:car/replay-v0", "--replay", str(directory)])
+    monkeypatch.setattr(checkpoint, "verify", lambda _: ["it is damaged"])
+    with pytest.raises(UsageError, match="it is damaged"):
+        record_main(["minari:car/replay-v0", "--replay", str(directory)])
+
+
+def test_a_dict_is_put_together_again():
     parts = {"a": gym.spaces.Box(-1, 1, (2, 2)), "b": gym.spaces.Box(-1, 1, (), np.float64)}
-    actions = gym.spaces.Box(-1, 1, (1,))
-    interface = Interface(gym.spaces.Dict(parts), actions)
+    interface = Interface(gym.spaces.Dict(parts), gym.spaces.Box(-1, 1, (1,)))
     seen = [{"a": np.full((2, 2), 0.1 * i, np.float32), "b": np.float64(i / 4)} for i in range(3)]
     back = interface.unobserve(np.stack([interface.observe(one).vector for one in seen]))
-    np.testing.assert_array_equal(back["a"], [one["a"] for one in seen])
-    np.testing.assert_array_equal(back["b"], [one["b"] for one in seen])
-    frames = Interface(gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), actions)
-    with pytest.raises(UsageError, match="'observation' is an image"):
-        frames.unobserve(np.zeros((2, 0), np.float32))
+    for name in parts:
+        np.testing.assert_array_equal(back[name], [one[name] for one in seen])
+        assert back[name].dtype == parts[name].dtype
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym.spaces.Box(-1, 1, (3,)),
+        gym.spaces.Box(0, 9, (2, 2), np.int64),
+        gym.spaces.Box(0, 1, (16, 18, 3), np.float32),
+        gym.spaces.Box(0, 255, (2, 3, 16, 18), np.uint8),
+        gym.spaces.Dict(
+            {
+                "scalar": gym.spaces.Box(-1, 1, (), np.float64),
+                "frames": gym.spaces.Box(0, 255, (16, 16), np.uint8),
+            }
+        ),
+    ],
+    ids=["vector", "integers", "float image", "stacked frames", "dict"],
+)
+def test_several_observations_become_what_each_does(space):
+    interface = Interface(space, gym.spaces.Box(-1, 1, (1,)))
+    space.seed(0)
+    each = [space.sample() for _ in range(4)]
+    together = each
+    if isinstance(space, gym.spaces.Dict):
+        together = {name: np.stack([one[name] for one in each]) for name in space}
+    found = interface.observe_all(together)
+    expected = jax.tree.map(lambda *x: np.stack(x), *[interface.observe(one) for one in each])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(np.dtype, jax.tree.map(lambda x: x.dtype, found)) == jax.tree.map(
+        lambda x: x.dtype, expected
+    )
+
+
+def test_observations_may_be_a_list_of_dicts():
+    config = CONFIG.replace(model={"action_dim": 1})
+    space = gym.spaces.Dict({"x": gym.spaces.Box(-9, 9, (2,))})
+    interface = Interface(space, gym.spaces.Box(-1, 1, (1,)))
+    seen = [{"x": np.full(2, i, np.float32)} for i in range(5)]
+    steps = {"actions": np.zeros((4, 1), np.float32), "rewards": np.zeros(4)}
+    ends = {"terminations": np.zeros(4, bool), "truncations": np.zeros(4, bool)}
+    (episode,) = to_episodes(
+        [types.SimpleNamespace(observations=seen, **steps, **ends)], interface, config
+    )
+    np.testing.assert_array_equal(episode.observations.vector[:, 0], np.arange(5))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class Arguments:
     env: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Environment of random actions, without an agent."""
     replay: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """A run whose replay buffer is written instead, which mixes all that it did as it learned."""
+    """A run whose replay buffer is written instead, all of it: it mixes what the agent did as it
+    learned. Not of images."""
     episodes: int = 100
     """Episodes to record."""
     random: float = 0.0
@@ -164,12 +165,15 @@ def write_replay(run: Path, name: str) -> np.ndarray:
         raise UsageError(f"{run} is no run: it has no replay buffer")
     if agent.made_by:
         raise UsageError(f"{run} was trained on environments that {agent.made_by} makes")
+    if damage := checkpoint.verify(newest):
+        raise UsageError(damage[0])
     config = agent.config
-    env = own_env(make_env, config.env, training=True)
-    interface = Interface(env.observation_space, env.action_space)
+    with contextlib.closing(own_env(make_env, config.env, training=True)) as env:
+        spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    interface = Interface(*spaces.values())
+    if interface.example.image is not None or config.frame_stride > 1:
+        raise UsageError(f"{run} sees images: only a replay of vectors can be written")
     config = config.replace(model={"action_dim": interface.action_dim})
-    if config.frame_stride > 1:
-        raise UsageError(f"{run} keeps one observation of {config.frame_stride} steps")
     buffers: list[EpisodeBuffer] = []
     returns = []
     for number in checkpoint.replay_digests(newest):
@@ -189,19 +193,18 @@ def write_replay(run: Path, name: str) -> np.ndarray:
         returns.append(episode.episode_return)
     if not buffers:
         raise UsageError(f"the replay buffer of {run} is empty")
+    source = f"replay of {directory.resolve().name}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
         dataset = minari.create_dataset_from_buffers(
             name,
             buffers,
-            observation_space=env.observation_space,
-            action_space=env.action_space,
-            algorithm_name=f"replay of {run.name}",
-            description=f"recorded by valdi_jax.record: replay of {run.name}",
+            **spaces,
+            algorithm_name=source,
+            description=f"recorded by valdi_jax.record: {source}",
             data_format="hdf5",
         )
     dataset.storage.update_metadata({ENVIRONMENT: config.env.name})
-    env.close()
     return np.array(returns)
 
 
@@ -247,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
     given = [arguments.agent, arguments.env, arguments.replay]
     if given.count(None) != 2:
-        raise UsageError("give either --agent, --replay, or --env for random actions")
+        raise UsageError("give one of --agent, --replay, or --env for random actions")
     _minari()
     import_modules(arguments.imports)
     if arguments.replay is not None:

@@ -139,7 +139,9 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
 
 
 def _rows(observations: Any, rows: list[int]) -> Any:
-    """Some observations of arrays [L + 1, ...], or of a dict of them."""
+    """Some observations of arrays [L + 1, ...], of a dict of them, or of a list of dicts."""
     if isinstance(observations, dict):
         return {name: _rows(part, rows) for name, part in observations.items()}
+    if isinstance(observations[0], dict):
+        return {name: np.stack([observations[i][name] for i in rows]) for name in observations[0]}
     return np.asarray(observations)[rows]

@@ -126,13 +126,10 @@ class Interface:
         return vectors
 
     def unobserve(self, vectors: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
-        """Convert vectors [L, ...] of the agent's observations to the environment's observations.
+        """Convert the agent's vectors [L, V] to the environment's observations, without an image.
 
-        Raises:
-            UsageError: if the environment's have an image, which the agent's need not preserve.
+        They are as exact as float32 holds them.
         """
-        if self._image is not None:
-            raise UsageError(f"the environment's observation {self._image!r} is an image")
         sizes = [int(np.prod(self._boxes[name].shape)) for name in self._vectors]
         parts = np.split(vectors, np.cumsum(sizes)[:-1], axis=1)
         named = {
