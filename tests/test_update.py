@@ -8,12 +8,10 @@ import pytest
 from toy import CONFIG
 
 from valdi_jax.config import Config
-from valdi_jax.errors import UsageError
-from valdi_jax.losses import before_end, draw, look, objective
+from valdi_jax.losses import before_end, draw, objective
 from valdi_jax.losses.value import td_targets
-from valdi_jax.model import encode, imagine, parameter_count
+from valdi_jax.model import encode, parameter_count
 from valdi_jax.observation import Observation
-from valdi_jax.run.learner import check
 from valdi_jax.types import Batch
 from valdi_jax.updates import _jitted_update, init_state, observe, update
 
@@ -72,38 +70,6 @@ def test_the_objective_uses_its_lambda():
     ]
     assert abs(float(metrics[0]["value/target_mean"] - metrics[1]["value/target_mean"])) > 1e-3
     assert metrics[0]["loss/reward"] == metrics[1]["loss/reward"]
-
-
-@pytest.mark.parametrize("dynamics", ["diffusion", "flow"])
-def test_heads_learn_on_sampled_latents_without_changing_the_world_model(dynamics):
-    config = configured(dynamics, sampled_steps=2)
-    state = init_state(jax.random.key(0), EXAMPLE, config=config)
-    batch, draws = random_batch(), draw(jax.random.key(1), 8, config=config)
-    z = encode(state.params, jax.tree.map(lambda x: x[:, 0], batch.observations), config=config)
-    noise = draws["dynamics"].noise
-    sampled = imagine(
-        state.params["dynamics"], z, batch.actions[:, :-1], noise, config=config.model, steps=2
-    )
-    seen = look(state.params, state.ema_params, batch, draws, config=config)
-    np.testing.assert_allclose(seen.trajectory[:, 1:], sampled, atol=1e-5)
-
-    def gradients(steps):
-        heads = config.replace(learn={"terms": ("reward", "value"), "sampled_steps": steps})
-
-        def loss(params):
-            return objective(params, state.ema_params, batch, draws, config=heads)[0]
-
-        parts = jax.grad(loss)(state.params).items()
-        return {k: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g)) for k, g in parts}
-
-    own, plain = gradients(2), gradients(0)
-    assert own["dynamics"] == 0 < plain["dynamics"]
-    assert min(own["reward"], own["value"], own["encoder"]) > 0
-
-
-def test_dynamics_that_do_not_sample_have_no_sampled_steps():
-    with pytest.raises(UsageError, match=r"--learn.sampled-steps: mlp dynamics imagine without"):
-        check(EXAMPLE, configured("mlp", sampled_steps=2))
 
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])

@@ -434,9 +434,6 @@ class LearnConfig:
     td_lambda: Fraction = 0.0
     """Weight of longer returns in the TD target, up to the end of the segment: TD(lambda), without
     off-policy correction. 0 is the reference's one-step target."""
-    sampled_steps: Natural = 0
-    """Train reward and value on latents imagined in so many DDIM steps, without gradient into the
-    world model; 0: on its estimates of the clean latents, as the paper (equation 7)."""
     mirror: bool = False
     """CarRacing: mirror half of the training segments left to right."""
     random_shift: Natural = 0

@@ -337,10 +337,6 @@ def check_names(config: Config) -> None:
     )
     for registry, name in named:
         registry[name]  # raises
-    if config.learn.sampled_steps and DYNAMICS[config.model.dynamics].step is not None:
-        raise UsageError(
-            f"--learn.sampled-steps: {config.model.dynamics} dynamics imagine without sampling"
-        )
     networks = set(config.model.networks)
     if not config.diffuses_plans:
         networks |= {"encoder", "dynamics", "reward"}
