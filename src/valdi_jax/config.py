@@ -306,8 +306,6 @@ class PlannerConfig:
     """Start all candidates of a plan from one noise draw instead of one each."""
     futures: Count = 1
     """Noise draws that a search imagines each candidate from; their mean return is its score."""
-    noise_scale: Weight = 1.0
-    """Factor on these draws: 1 imagines futures as they were learned, 0 the same likely one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision in which candidates are imagined and scored; the encoder stays in float32."""
     icem: ICEMConfig = field(default_factory=ICEMConfig)
@@ -665,11 +663,6 @@ def validate(config: Config) -> None:
         planner.futures == 1 or planner.kind not in ("diffuser", "guided"),
         *("--planner.futures", planner.futures),
         f"is for searches, which --planner.kind {planner.kind} is not",
-    )
-    require(
-        planner.noise_scale == 1 or planner.kind != "diffuser",
-        *("--planner.noise-scale", planner.noise_scale),
-        "is for latents that a world model imagines, and --planner.kind diffuser imagines none",
     )
     collect = config.collect
     if collect.source == "data" and (collect.lag or collect.cluster):

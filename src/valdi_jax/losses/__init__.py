@@ -143,18 +143,6 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         draws["dynamics"],
         config=config.model,
     )
-<<<<<<< HEAD
-    if learn.sampled_steps:
-        predicted = model.imagine(
-            jax.lax.stop_gradient(params["dynamics"]),
-            jax.lax.stop_gradient(z),
-            jnp.asarray(batch.actions[:, :horizon]),
-            draws["dynamics"].noise,
-            config=config.model,
-            steps=learn.sampled_steps,
-        )
-=======
->>>>>>> parent of 4f85a56 (learn.sampled-steps: heads that learn on sampled latents)
     return View(
         z=z,
         trajectory=jnp.concatenate([z[:, None], predicted], axis=1),

@@ -119,7 +119,6 @@ def _plan(
             noise = jnp.tile(noise, (count, 1, 1))
         else:
             noise = jax.random.normal(key, (count * futures, *noise_shape))
-        noise = settings.noise_scale * noise
         tail = draw_tail(jax.random.fold_in(key, 1), (count * futures,), config=config)
         scores = over_devices(scored)(scoring, z, actions, noise, tail)
         return scores.reshape(count, futures).mean(axis=1)

@@ -53,8 +53,7 @@ def plan(
         plans = fresh(params, z, goal, sample_key)
     chunks = clip(plans[..., : config.model.chunk * config.model.action_dim])
     shape = (1 if settings.shared_noise else settings.candidates), *plans.shape[1:-1], z.shape[-1]
-    noise = settings.noise_scale * jax.random.normal(score_key, shape)
-    noise = jnp.broadcast_to(noise, (settings.candidates, *shape[1:]))
+    noise = jnp.broadcast_to(jax.random.normal(score_key, shape), (settings.candidates, *shape[1:]))
     tail = draw_tail(tail_key, (settings.candidates,), config=config)
     steps = settings.diffusion_steps
     returns = predicted_return(params, z, chunks, noise, config=config, steps=steps, tail=tail)
