@@ -307,7 +307,8 @@ def embed(paths: Iterable[Path], limit: int) -> dict[Path, tuple[str | None, tup
         uri = f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(data).decode()}"
         fits = len(uri) <= limit
         limit -= len(uri) if fits else 0
-        media[path] = uri if fits else None, struct.unpack_from(">II", data, 16)  # of a PNG
+        size = struct.unpack_from(">II", data, 16) if path.suffix == ".png" else (0, 0)
+        media[path] = uri if fits else None, size
     return media
 
 

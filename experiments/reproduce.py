@@ -134,9 +134,10 @@ def stages(
         add(name, "value_diagnostics.py", [each.agent], sizes.values, files)
     for each in agents:
         name = f"plans-{each.label}"
-        own = each is generative and not each.decoder  # a shipped one is found by its name
-        options = f"{sizes.plans} --decoder {shlex.quote(str(out / 'decoder'))}"
-        options, needs = (options, ["decoder"]) if own else (sizes.plans, [])
+        options, needs = sizes.plans, []
+        if each is generative and not each.decoder:  # a shipped one is found by its name
+            options += f" --decoder {shlex.quote(str(out / 'decoder'))}"
+            needs = ["decoder"]
         add(name, "plan_video.py", [each.agent], options, {"--out": f"{name}.mp4"}, needs)
     curves = [f"{each.label}={each.curve}" for each in agents if each.curve]
     if curves:

@@ -204,9 +204,13 @@ def test_a_shipped_decoder_is_of_the_agent_that_it_is_named_after(script, monkey
     names = [path.name for path in script.SHIPPED.iterdir()]
     assert "carracing" in names
     for name in names:
-        decoder, _ = script.load_for(Agent.load(name), name, script.shipped(name))
+        directory = script.shipped(name)
+        decoder, _ = script.load_for(Agent.load(name), name, directory)  # refuses another agent's
         assert decoder.image == (48, 48)
-    assert script.shipped("carracing-mlp") is None
+        *_, record = script.load(directory)
+        assert record["errors"]["validation"] < record["data"]["constant_error"] / 3
+        assert (directory / "samples.png").exists()
+    assert script.shipped("pendulum") is None
     assert script.shipped("../decoders/carracing") is None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "carracing").mkdir()
