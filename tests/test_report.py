@@ -354,11 +354,13 @@ def test_an_interrupt_is_passed_on_once_and_the_same_command_goes_on(script, tmp
         "if not kept.exists():\n"
         "    try:\n"
         "        print('started', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        for _ in range(600):\n"
+        "            time.sleep(0.1)\n"  # a signal just before a sleep does not end it
         "    except KeyboardInterrupt:\n"
         "        time.sleep(0.3)\n"
         "        kept.write_text('half')\n"
         "        sys.exit()\n"
+        "time.sleep(0.2)\n"
         "out.write_text(kept.read_text())\n"
     )
     kept, out = tmp_path / "kept", tmp_path / "out"
