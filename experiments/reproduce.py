@@ -41,6 +41,7 @@ CURVES = {
     "carracing": Path("experiments/curves/cpu-diffusion-averaged-0"),
     "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-0"),
 }
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TIMES, REPORT = "times.json", "report.html"
 
 
@@ -226,10 +227,17 @@ class Runner:
     def run(self, lock: int) -> bool:
         """Run what is left; whether all succeeded. An interrupt is passed on, and raised."""
         waiting = self.left()
+        # Noted, and raised between stages' starts: within one, it would lose sight of the stage.
+        noted: list[int] = []
+        before = {each: signal.getsignal(each) for each in SIGNALS}
+        for each in SIGNALS:
+            signal.signal(each, lambda number, _: noted.append(number))
         running: dict[int, tuple[Stage, subprocess.Popen, float]] = {}  # by slot
         failed = False
         try:
             while waiting or running:
+                if noted:
+                    raise KeyboardInterrupt
                 unfinished = {s.name for s in waiting} | {s.name for s, *_ in running.values()}
                 ready = [s for s in waiting if not unfinished.intersection(s.needs)]
                 free = [slot for slot in range(self.cores) if slot not in running]
@@ -249,9 +257,14 @@ class Runner:
                     say(f"{stage.name}: {took if done else f'failed; see {self.log(stage)}'}")
                     failed |= not done
         except KeyboardInterrupt:
+            for each, handler in before.items():
+                signal.signal(each, handler)  # a second one ends the stages at once
             say("stopping; the same command goes on from here")
             self.stop(running)
             raise
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
         return not failed
 
     def stop(self, running: dict[int, tuple[Stage, subprocess.Popen, float]]) -> None:
@@ -358,7 +371,7 @@ def main(argv: Sequence[str]) -> int:
         except BlockingIOError:
             raise UsageError(f"another process makes the figures in {out}") from None
         # Also of SIGINT: a shell starts what runs in its background with it ignored.
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for each in SIGNALS:
             signal.signal(each, signal.default_int_handler)
         if not runner.run(lock.fileno()):
             return 1
