@@ -12,13 +12,15 @@ import argparse
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import evidence
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from valdi_jax import Agent, model
+from valdi_jax import Agent, cli, model
 from valdi_jax.evaluate import evaluate, summary
 from valdi_jax.losses.reward import chunk_rewards
 
@@ -71,7 +73,7 @@ def with_eta(agent: Agent, eta: float, episodes: int) -> dict:
     return {"eta": eta, **summary(returns), **numbers}
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,11 +81,8 @@ def main() -> None:
     parser.add_argument("--eta", type=float, nargs="+", default=[0.0, 0.01, 0.1, 1.0])
     parser.add_argument("--episodes", type=int, default=10, help="at least 2")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    agent = Agent.load(arguments.agent)
-    missing = [name for name in ("policy", "energy", "value") if name not in agent.params]
-    if missing:
-        raise SystemExit(f"{arguments.agent} has no {' and no '.join(missing)}")
+    arguments = parser.parse_args(argv)
+    agent = evidence.load(arguments.agent, "policy", "energy", "value")
     rows = [with_eta(agent, eta, arguments.episodes) for eta in arguments.eta]
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
@@ -96,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from sweep import Cell, interquartile_mean, interval, parse_grid, run_grid, table
+
+from valdi_jax import cli
 
 TASKS = [
     f"dmc:{name}"
@@ -124,13 +127,13 @@ def draw(cells: list[Cell], others: Curves, step: int, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--step", type=int, default=100_000, help="decisions to compare at")
     parser.add_argument("--out", type=Path, default=Path("benchmark.png"))
-    arguments = parse_grid(parser, tasks=TASKS)
+    arguments = parse_grid(parser, argv, tasks=TASKS)
     cells = run_grid(arguments)
     others = published()
     print(table(cells, arguments.step), beside(others, arguments.tasks, arguments.step), sep="\n\n")
@@ -140,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

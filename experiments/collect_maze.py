@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from rich.progress import track
 
+from valdi_jax import cli
 from valdi_jax.envs.maze import MAZES, make_maze
 from valdi_jax.record import record
 
@@ -80,13 +82,13 @@ class Waypoints:
         return centre + self._rng.uniform(-SHIFT, SHIFT, 2)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("maze", choices=MAZES)
     parser.add_argument("data", metavar="minari:ID", help="dataset to write")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     stream = min(STREAM, arguments.steps)
     env = make_maze(f"{arguments.maze}-multi", max_steps=stream, wander=True)
     controller = Waypoints(env.unwrapped.maze, seed=arguments.seed)
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

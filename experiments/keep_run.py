@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from valdi_jax import cli
 from valdi_jax.run.log import read_jsonl
 
 METRICS = (
@@ -24,11 +26,11 @@ METRICS = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("directory", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     arguments.directory.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -52,4 +54,4 @@ def _rounded(value):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -13,13 +13,14 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from valdi_jax import Agent
+from valdi_jax import Agent, cli
 from valdi_jax.config import MBDPOConfig, PlannerConfig, validate
 from valdi_jax.evaluate import summary
 from valdi_jax.planners import PLANNERS
@@ -153,7 +154,7 @@ def table(results: list[dict], kinds: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=256, help="sequences scored in a plan")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to write the results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     kinds, evaluations = arguments.planners, arguments.evaluations
     if "guided" in kinds and not arguments.agents:
         parser.error("guided samples from an agent's prior: give --agents")
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
+from valdi_jax import cli
+from valdi_jax.errors import StoppedError
 from valdi_jax.run.log import read_jsonl
 
 
@@ -243,7 +245,9 @@ def _mean(values: np.ndarray) -> str:
     return f"{values.mean():.0f}{error} ({len(values)})"
 
 
-def parse_grid(parser: argparse.ArgumentParser, **defaults) -> argparse.Namespace:
+def parse_grid(
+    parser: argparse.ArgumentParser, argv: Sequence[str], **defaults
+) -> argparse.Namespace:
     """Add the options of a grid to a program's own and parse its command line."""
     parser.add_argument("root", type=Path, help="directory of the runs")
     parser.add_argument("--tasks", nargs="+", metavar="ENV", **_default(defaults, "tasks"))
@@ -255,9 +259,9 @@ def parse_grid(parser: argparse.ArgumentParser, **defaults) -> argparse.Namespac
     parser.add_argument("--nice", type=int, default=0, help="niceness of the runs")
     parser.add_argument("--gather", action="store_true", help="train nothing")
     parser.epilog = "What follows -- are options of valdi_jax.train, for all runs."
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    arguments = parser.parse_args(sys.argv[1:end])
-    arguments.options = sys.argv[end + 1 :]
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments = parser.parse_args(argv[:end])
+    arguments.options = argv[end + 1 :]
     return arguments
 
 
@@ -266,27 +270,28 @@ def _default(defaults: dict, name: str) -> dict:
 
 
 def run_grid(arguments: argparse.Namespace) -> list[Cell]:
-    """Train a grid unless it is only to be gathered; exits if a run failed."""
+    """Train a grid unless it is only to be gathered.
+
+    Raises:
+        StoppedError: if a run failed.
+    """
     cells = make_grid(
         arguments.root, arguments.tasks, arguments.agents, arguments.seeds, arguments.options
     )
     if arguments.gather:
         return cells
-    try:
-        failed = train(cells, arguments.cores, arguments.nice)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    failed = train(cells, arguments.cores, arguments.nice)
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(cells)} runs failed")
+        raise StoppedError(f"{len(failed)} of {len(cells)} runs failed")
     return cells
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(table(run_grid(parse_grid(parser))))
+    print(table(run_grid(parse_grid(parser, argv))))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
+from valdi_jax import cli
+from valdi_jax.errors import UsageError
 from valdi_jax.run.log import read_jsonl
 
 AXES = ("episodes", "environment steps", "hours")
@@ -35,7 +37,7 @@ def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.nd
     """The x axes of a run's episodes, and their smoothed metric."""
     records = [r for r in read_jsonl(directory / "metrics.jsonl") if metric in r]
     if not records:
-        raise SystemExit(f"{directory} holds no episodes with {metric}")
+        raise UsageError(f"{directory} holds no episodes with {metric}")
     hold = json.loads((directory / "config.json").read_text())["env"]["action_repeat"]
     axes = {
         "episodes": np.array([record["episode"] + 1 for record in records]),
@@ -54,7 +56,7 @@ def interval(curves: np.ndarray, samples: int = 2000) -> tuple[np.ndarray, np.nd
     return low, high
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN,...", help="runs to compare")
     parser.add_argument("--metric", default="episode/return", help="of metrics.jsonl")
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, help="value to draw a line at")
     parser.add_argument("--out", type=Path, default=Path("training_curves.png"))
     parser.add_argument("--json", type=Path, help="where to write the lengths and ends of the runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     rows: list[dict[str, Any]] = []
@@ -102,9 +104,9 @@ def main() -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(arguments.out, dpi=130)
     if arguments.json:
-        evidence.write(arguments.json, rows, sys.argv)
+        evidence.write(arguments.json, rows, [__file__, *argv])
     print(arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

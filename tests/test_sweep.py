@@ -58,7 +58,7 @@ def test_a_run_that_fails_is_named(tmp_path):
     done = subprocess.run(
         [*command, "--agents", "mlp", "--seeds", "0"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "1 of 1 runs failed" in done.stderr
     assert "pendulim" in (tmp_path / "logs/pendulim-mlp-0.log").read_text()
 
