@@ -63,55 +63,33 @@ def train(
 ) -> AgentState:
     """See `valdi_jax.train.train`."""
     start(config.learn)
-    with Processes(config.learn.watchdog) as processes:
-        return _train(
-            *(config.replace(learn=_OF_THE_START), run_dir, processes),
-            make=make,
-            resume=resume,
-            init_from=init_from,
-            console=console,
-            on_record=on_record,
-            data=data,
-        )
-
-
-def _train(
-    config: Config,
-    run_dir: Path,
-    processes: Processes,
-    *,
-    make: Callable[..., gym.Env],
-    resume: bool,
-    init_from: Path | None,
-    console: Console | None,
-    on_record: Callable[[dict[str, Any]], object] | None,
-    data: Iterable[Any] | None,
-) -> AgentState:
-    if resume:
-        _belongs(run_dir, make)
-    if data is not None:
-        config = config.replace(collect={"data": GIVEN})
-    # The source determines the action size, but takes a configuration first.
-    validate(config.replace(model={"action_dim": 1}))
-    source = SOURCES[config.collect.source](config, make, data)
-    config = source.config
-    validate(config)
-    check(source.example, config)
-    if resume and init_from is not None:
-        raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
-    given, lacking = None, set[str]()
-    if init_from is not None:
-        first = _first_state(source)
-        agent = checkpoint.open_agent(init_from)
-        params = agent.load(source.example, config=config, fresh=first.params)
-        given = start_from(first, params)
-        lacking = set(config.model.networks) - set(agent.config.model.networks)
-    if resume:
-        checkpoint.load_config(run_dir)  # raises before anything is made
-    recorded = source.recorded()
-    _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
     with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(Processes(config.learn.watchdog))
+        config = config.replace(learn=_OF_THE_START)
+        if resume:
+            _belongs(run_dir, make)
+        if data is not None:
+            config = config.replace(collect={"data": GIVEN})
+        # The source determines the action size, but takes a configuration first.
+        validate(config.replace(model={"action_dim": 1}))
+        source = SOURCES[config.collect.source](config, make, data)
         stack.callback(source.close)
+        config = source.config
+        validate(config)
+        check(source.example, config)
+        if resume and init_from is not None:
+            raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
+        given, lacking = None, set[str]()
+        if init_from is not None:
+            first = _first_state(source)
+            agent = checkpoint.open_agent(init_from)
+            params = agent.load(source.example, config=config, fresh=first.params)
+            given = start_from(first, params)
+            lacking = set(config.model.networks) - set(agent.config.model.networks)
+        if resume:
+            checkpoint.load_config(run_dir)  # raises before anything is made
+        recorded = source.recorded()
+        _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
         signalled = stack.enter_context(cli.interruptible())
         if processes.follows:
             return _follow(source, recorded, processes, signalled)
