@@ -7,8 +7,9 @@ the mean over all pairs of 100 rollouts of one state and plan that differ in the
 over 8 states of the first episode. These and their plans are the agent's own, so the same for every
 number of steps. The paper compares decoded images (LPIPS) instead, on another scale.
 
-Interrupt it, and the same command goes on: results in the JSON are kept. Its header is that of the
-last command that computed something.
+"Against" is the mean difference from the fewest steps of the same agent, episode by episode, with
+its standard error. Interrupt it, and the same command goes on: the JSON keeps all returns, so that
+more episodes or steps add to it. Its header is that of the last command that computed something.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from valdi_jax import Agent, cli, model
 from valdi_jax.config import Config
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.evaluate import summary
+from valdi_jax.evaluate import evaluate, summary
 from valdi_jax.types import Array, Params
 
 # Read off the paper's plot, by dynamics and steps: returns of its two runs, LPIPS.
@@ -68,48 +69,66 @@ def imagine(
     return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
 
 
-def measure(
-    agent: Agent,
-    steps: int | None,
-    episodes: int,
-    states: evidence.States | None,
-    rollouts: int,
-) -> Row:
-    """Return, time and variety with a number of diffusion steps; without any, nothing varies."""
-    config, different = agent.config, 0.0
-    if steps is not None:
-        agent.config = config.replace(planner={"diffusion_steps": steps})
-        latents = imagine(
-            agent.params,
-            states.z,
-            states.chunks,
-            jax.random.key(0),
-            config=agent.config.graph,
-            rollouts=rollouts,
-        )
-        different = float(jnp.mean(jax.vmap(spread)(latents[:, :, -1])))
-    scored = agent.evaluate(episodes=episodes)
-    agent.config = config
-    numbers = summary([result.episode.episode_return for result in scored])
-    plan_ms = 1000 * np.median(np.concatenate([result.plan_seconds for result in scored]))
-    return {
+def with_steps(agent: Agent, steps: int | None) -> Config:
+    """An agent's configuration with a number of diffusion steps, or none."""
+    return (
+        agent.config if steps is None else agent.config.replace(planner={"diffusion_steps": steps})
+    )
+
+
+def variety(agent: Agent, steps: int, states: evidence.States, rollouts: int) -> float:
+    """Mean distance of imagined last latents that differ in their noise."""
+    config = with_steps(agent, steps).graph
+    latents = imagine(
+        *(agent.params, states.z, states.chunks, jax.random.key(0)),
+        config=config,
+        rollouts=rollouts,
+    )
+    return float(jnp.mean(jax.vmap(spread)(latents[:, :, -1])))
+
+
+def score(agent: Agent, steps: int | None, episode: int) -> tuple[float, float]:
+    """Return of one of the fixed episodes, and the median time of a plan in milliseconds."""
+    config = with_steps(agent, steps)
+    (driven,) = evaluate(agent.params, config, episodes=episode + 1, first=episode)
+    return driven.episode.episode_return, 1000 * float(np.median(driven.plan_seconds))
+
+
+def summarise(row: Row, episodes: int) -> Row:
+    """A row as shown: of the first episodes only."""
+    returns, times = row["returns"][:episodes], row["plan_times"][:episodes]
+    numbers = summary(returns)
+    return row | {
+        "episodes": len(returns),
         "mean": numbers["mean"],
         "standard_error": numbers["standard_error"],
-        "plan_ms": float(plan_ms),
-        "variety": different,
+        "plan_ms": float(np.median(times)),
+        "returns": returns,
+        "plan_times": times,
     }
+
+
+def against(row: Row, rows: list[Row]) -> str:
+    """Mean difference from the same agent's row with the fewest steps, by episode."""
+    own = [other for other in rows if other["agent"] == row["agent"] and other["steps"]]
+    base = min(own, key=lambda other: other["steps"], default=row)
+    if base is row or not row["steps"]:
+        return ""
+    numbers = summary(list(np.subtract(row["returns"], base["returns"])))
+    return evidence.plus_minus(numbers["mean"], numbers["standard_error"], 0)
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row an agent and number of steps, the paper's numbers on CarRacing beside."""
-    titles = ["agent", "steps", "return", "plan ms", "variety", "paper, CarRacing: return", "LPIPS"]
+    titles = ["agent", "steps", "return", "against", "plan ms", "variety"]
+    titles += ["paper, CarRacing: return", "LPIPS"]
     lines = []
     for r in rows:
         steps = "" if r["steps"] is None else str(r["steps"])
         score = evidence.plus_minus(r["mean"], r["standard_error"], 0)
         paper = PAPER.get((r["dynamics"], r["steps"]), ("", ""))
         measured = f"{r['plan_ms']:.1f}", f"{r['variety']:.4f}"
-        lines.append([Path(r["agent"]).name, steps, score, *measured, *paper])
+        lines.append([Path(r["agent"]).name, steps, score, against(r, rows), *measured, *paper])
     return evidence.markdown(titles, lines)
 
 
@@ -178,19 +197,23 @@ def main(argv: Sequence[str]) -> None:
                 "agent": name,
                 "dynamics": dynamics,
                 "steps": steps,
-                "episodes": arguments.episodes,
                 "max_steps": agent.config.env.max_steps,  # 0 for the environment's own limit
                 "pairs": pairs if generative else 0,
                 "rollouts": rollouts if generative else 0,
             }
             row = next((row for row in rows if settings.items() <= row.items()), None)
             if row is None:
-                chosen = own_states() if generative else None
-                row = settings | measure(agent, steps, arguments.episodes, chosen, rollouts)
+                known = variety(agent, steps, own_states(), rollouts) if steps else 0.0
+                row = settings | {"variety": known, "returns": [], "plan_times": []}
                 rows.append(row)
+            for episode in range(len(row["returns"]), arguments.episodes):
+                found, time = score(agent, steps, episode)
+                row["returns"].append(found)
+                row["plan_times"].append(time)
+                row |= summarise(row, episode + 1)
                 if arguments.json:
                     evidence.write(arguments.json, rows, [__file__, *argv])
-            shown.append(row)
+            shown.append(summarise(row, arguments.episodes))
     print(table(shown))
     if arguments.figure and importlib.util.find_spec("matplotlib"):
         draw(shown, arguments.figure)

@@ -82,28 +82,35 @@ def test_value_diagnostics_are_written_for_every_step_of_the_plan(tmp_path):
     assert "| paper, CarRacing: MLP | -0.62 | " in printed
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path):
+def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path, capsys):
     sweep = script("steps_sweep")
     path, calls = tmp_path / "steps.json", []
 
-    def measure(agent, steps, episodes, pairs, rollouts):
-        calls.append((steps, episodes, pairs))
+    def score(agent, steps, episode):
+        calls.append((steps, episode))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return {"mean": 1.0, "standard_error": None, "plan_ms": 2.0, "variety": 0.5}
+        return 10.0 * episode - (steps or 0) * (1 + 2 * episode), 2.0
 
-    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr(sweep, "score", score)
+    monkeypatch.setattr(sweep, "variety", lambda agent, steps, states, rollouts: 0.5)
     monkeypatch.setattr(sweep.evidence, "states", lambda agent, count: f"{count} pairs")
     command = ["pendulum", "lunarlander", "--steps", "1", "4", "--json", str(path)]
     with pytest.raises(KeyboardInterrupt):
-        sweep.main(command)
-    assert [row["steps"] for row in json.loads(path.read_text())["rows"]] == [1]
-    sweep.main(command)
-    once = [(1, 100, "8 pairs"), (4, 100, "8 pairs"), (4, 100, "8 pairs"), (None, 100, None)]
-    assert calls == once  # one step more than once: it was interrupted; an MLP takes no steps
+        sweep.main([*command, "--episodes", "2"])
+    assert [row["returns"] for row in json.loads(path.read_text())["rows"]] == [[-1.0]]
+    capsys.readouterr()
+    sweep.main([*command, "--episodes", "2"])
+    once = [(1, 0), (1, 1), (1, 1), (4, 0), (4, 1), (None, 0), (None, 1)]
+    assert calls == once  # one episode more than once: it was interrupted; an MLP takes no steps
+    # -3 and -9 from 1 to 4 steps
+    assert "| pendulum | 4 | -3 ± 1 | -6 ± 3 | 2.0 | 0.5000 |" in capsys.readouterr().out
     sweep.main([*command, "--episodes", "3"])
-    assert [episodes for _, episodes, _ in calls[4:]] == [3, 3, 3]
-    assert len(json.loads(path.read_text())["rows"]) == 6
+    assert calls[7:] == [(1, 2), (4, 2), (None, 2)]
+    sweep.main([*command, "--episodes", "2"])
+    assert len(calls) == 10
+    assert "| pendulum | 4 | -3 ± 1 | -6 ± 3 |" in capsys.readouterr().out.rsplit("agent", 1)[1]
+    assert [len(row["returns"]) for row in json.loads(path.read_text())["rows"]] == [3, 3, 3]
 
 
 def test_the_spread_is_the_mean_distance_of_pairs(script):
