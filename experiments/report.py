@@ -235,6 +235,7 @@ def claims(results: Results) -> Iterator[Claim]:
         ours = f"{one.text(0)} at 1, at best {more[steps].text(0)} at {steps}"
         yield Claim("score", text, not_raised, ours)
     drawn = [r for r in results.steps if r["dynamics"] == "diffusion" and r["rollouts"]]
+    drawn = [row for row in drawn if row["agent"] == drawn[0]["agent"]]
     variety = sorted((row["steps"], row["variety"]) for row in drawn)
     if len(variety) > 1:
         text = "More diffusion steps imagine more variety."
@@ -381,6 +382,7 @@ def render(results: Results, limit: int = LIMIT) -> str:
         distances=means,
         measures=[name for name in MEASURES if any(name in each for each in means.values())],
         paper_steps=paper_steps,
+        against=steps_sweep.against,
         paper_values=paper_values,
         films=films,
         media=embed(shown, limit),

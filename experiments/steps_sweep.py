@@ -114,7 +114,8 @@ def against(row: Row, rows: list[Row]) -> str:
     base = min(own, key=lambda other: other["steps"], default=row)
     if base is row or not row["steps"]:
         return ""
-    numbers = summary(list(np.subtract(row["returns"], base["returns"])))
+    pairs = zip(row["returns"], base["returns"], strict=False)  # of episodes that both have
+    numbers = summary([ours - theirs for ours, theirs in pairs])
     return evidence.plus_minus(numbers["mean"], numbers["standard_error"], 0)
 
 

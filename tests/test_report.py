@@ -43,6 +43,7 @@ def write(path, name, rows):
 def score(agent, dynamics, steps, mean):
     known = {"agent": agent, "dynamics": dynamics, "steps": steps, "mean": mean}
     amounts = {"episodes": 20, "max_steps": 600, "pairs": 8, "rollouts": 100 if steps else 0}
+    amounts["returns"] = [mean - 10.0, mean + 10.0] * 10
     return (
         known | amounts | {"standard_error": 10.0, "plan_ms": 24.0, "variety": 0.1 * (steps or 0)}
     )
@@ -144,6 +145,7 @@ def test_what_does_not_match_comes_first_and_nothing_else_is_said_not_to(script,
     assert "8 steps: 750 ± 10 (771, 775)" in first
     assert "h = 4: 0.55 ± 0.20 (1.95)" in first
     assert "8 steps: 0.021 ± 0.001 (0.040)" in first
+    assert "-40 ± 0" in page  # the score against that of 1 step
     assert "h = 3" not in first
     assert "Drift of values along plans.</b>" not in first
     assert first.count("<i>Why:</i>") == 3
@@ -160,6 +162,10 @@ def test_statements_are_judged_by_the_noise(script, folder):
     assert said["At the start of the plan, the mlp model's errors are the smaller ones."] is True
     end = "At the end of the plan, the diffusion model's errors are the smaller ones."
     assert said[end] is None  # drift of -3.52 and -3.65, with errors of 0.2
+    seeds = [score(name, "diffusion", n, 790) for name in ("carracing", "other") for n in (1, 2)]
+    write(folder / "steps.json", "", seeds)
+    said = {claim.text: claim.holds for claim in report.claims(report.read(folder))}
+    assert said["More diffusion steps imagine more variety."] is True  # within one agent
     write(folder / "steps.json", "", [score("carracing", "diffusion", n, 790) for n in (1, 2)])
     path = folder / "steps.json"
     path.write_text(path.read_text().replace('"standard_error": 10.0', '"standard_error": null'))
