@@ -1,0 +1,105 @@
+"""Fitting a trained agent to samples of several steps."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from valdi_jax import Agent, losses
+from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.errors import UsageError
+from valdi_jax.losses import reward, value
+from valdi_jax.observation import Observation
+from valdi_jax.run import checkpoint
+from valdi_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few Pendulum episodes, as the packaged agent would have them."""
+    directory = tmp_path_factory.mktemp("runs") / "pendulum"
+    config = Agent.load("pendulum").config.replace(
+        env={"max_steps": 60},
+        collect={"episodes": 4, "seed_episodes": 4},
+        eval={"every": 0},
+    )
+    train(config, directory)
+    return directory
+
+
+@pytest.fixture
+def refit(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "experiments")
+    return importlib.import_module("refit")
+
+
+@pytest.fixture
+def replay(refit, run):
+    return refit.encoded(Agent.load("pendulum"), [run], lambda numbers: numbers)
+
+
+def test_shortcuts_arrive_where_many_steps_do(refit, run, tmp_path, capsys):
+    options = ["pendulum", "--data", str(run), "--batch-size", "32"]
+    refit.main([*options, "--shortcut", "200", "--heads", "2", "--out", str(tmp_path / "new")])
+    lines = capsys.readouterr().out.splitlines()
+    before, after = (ast.literal_eval(line.split(":", 1)[1].strip()) for line in lines[:2])
+    assert list(before) == [1, 2, 4, 8]
+    assert after[1] < 0.95 * before[1]
+    given = Agent.load("pendulum")
+    for steps in (1, 2, 4, 8):
+        agent = Agent.load(tmp_path / "new" / str(steps))
+        assert agent.config.planner.diffusion_steps == steps
+        jax.tree.map(
+            np.testing.assert_array_equal, agent.params["encoder"], given.params["encoder"]
+        )
+        for name in ("dynamics", "reward", "value"):
+            pairs = zip(
+                *map(jax.tree.leaves, (agent.params[name], given.params[name])), strict=True
+            )
+            assert any((a != b).any() for a, b in pairs), name
+    with pytest.raises(UsageError, match="exists already"):
+        refit.main([*options, "--heads", "2", "--out", str(tmp_path / "new")])
+
+
+def test_untrained_shortcuts_are_the_given_world_model(refit, replay):
+    agent = Agent.load("pendulum")
+    dynamics, timesteps = agent.params["dynamics"], agent.config.model.diffusion_timesteps
+    table = np.tile(dynamics[refit.TABLE], (refit.FINEST + 1, 1))
+    for level in (0, 3, refit.FINEST):
+        one = refit.at_level(dynamics | {refit.TABLE: table}, level, timesteps)
+        jax.tree.map(np.testing.assert_array_equal, one, dynamics)
+    found = refit.distances({32: dynamics}, dynamics, replay, config=agent.config)
+    assert found == {32: 0.0}
+
+
+def test_the_heads_learn_what_training_lets_them_learn(refit, run, replay):
+    agent = Agent.load("pendulum")
+    config, params = agent.config, agent.params
+    drawn = replay.draw(np.random.default_rng(0), 16)
+    key = jax.random.key(3)
+    found = refit.heads_loss(
+        *(params, params, params["dynamics"], replay.gather(drawn), key), config=config, steps=0
+    )
+    seen = checkpoint.load_episode(run, 0, Observation(vector=np.zeros(3, np.float32)), config)
+    assert len(seen.observations.vector) == 61
+    original = refit.Replay(config)
+    for number in checkpoint.replay_digests(checkpoint.latest(run)):
+        example = Observation(vector=np.zeros(3, np.float32))
+        original.add(checkpoint.load_episode(run, number, example, config))
+    batch = original.gather(drawn)
+    world = DYNAMICS[config.model.dynamics]
+    draws = {"dynamics": world.draw(jax.random.split(key), 16, config=config.model)}
+    view = losses.look(params, params, batch, draws, config=config)
+    expected = sum(
+        term.loss(params, params, view, None, config=config)[0]
+        for term in (reward.TERM, value.TERM)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_other_steps_than_the_agents_are_refused(refit, run):
+    with pytest.raises(UsageError, match="holds other steps"):
+        refit.encoded(Agent.load("mountaincar"), [run], lambda numbers: numbers)
