@@ -12,7 +12,8 @@ are means and standard errors over states, in rewards:
     share       luck's share of the variance between scores: luck^2 / (luck^2 + merit^2)
     left        luck that is left where candidates share a draw: what it does not add to all alike
 
-and of the candidate that wins by a score of one draw, or by the mean over several:
+and of the candidate that wins by a score of one draw, or by the mean over several futures, which
+start from draws and their negatives as those of `--planner.futures` do:
 
     top         how often it is among the best tenth by its mean score
     optimism    its score minus its mean score
@@ -27,7 +28,7 @@ import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import evidence
 import jax
@@ -43,8 +44,12 @@ from valdi_jax.planners.base import correlated_normal, hold
 from valdi_jax.planners.scoring import predicted_return
 from valdi_jax.types import Array, Params
 
-FUTURES = 4  # whose mean is a score, besides that of one
-WAYS = ("own", "shared", f"own, {FUTURES} futures", f"shared, {FUTURES} futures")
+FUTURES = (1, 2, 4)  # whose mean is a score
+WAYS = tuple(
+    name + (f", {count} futures" if count > 1 else "")
+    for count in FUTURES
+    for name in ("own", "shared")
+)
 QUICK: dict[str, Any] = {"steps": [1, 2], "states": 2, "candidates": 16, "draws": 8}
 
 
@@ -81,36 +86,60 @@ def populations(agent: Agent, states: int, candidates: int) -> tuple[Array, dict
     return found.z, chunks
 
 
+class Draws(NamedTuple):
+    """Noise draws [M] that candidates are scored under."""
+
+    keys: Array
+    shared: Array  # whether all candidates have the same
+    sign: Array  # 1, or -1 for the negative
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
-def score(
-    params: Params, z: Array, chunks: Array, keys: Array, shared: Array, *, config: Config
-) -> Array:
-    """Scores [N, M] of candidates [N, H, C * A] from z [D], under draws [M] shared or not."""
+def score(params: Params, z: Array, chunks: Array, draws: Draws, *, config: Config) -> Array:
+    """Scores [N, M] of candidates [N, H, C * A] from z [D]."""
     shape = chunks.shape[0], config.model.horizon, config.model.latent_dim
 
-    def of_draw(draw: tuple[Array, Array]) -> Array:
-        key, shared = draw
-        noise = jax.random.normal(key, shape)
-        noise = jnp.where(shared, noise[:1], noise)
+    def of_draw(draw: Draws) -> Array:
+        noise = draw.sign * jax.random.normal(draw.keys, shape)
+        noise = jnp.where(draw.shared, noise[:1], noise)
         return predicted_return(params, z, chunks, noise, config=config, steps=steps)
 
     steps = config.planner.diffusion_steps
-    return jax.lax.map(of_draw, (keys, shared)).T / config.learn.reward_scale
+    return jax.lax.map(of_draw, draws).T / config.learn.reward_scale
+
+
+def make_draws(key: Array, count: int) -> Draws:
+    """Own draws, shared ones, the negatives of both, and further ones: [5 * count]."""
+    keys = jax.random.split(key, 3 * count)
+    both, further = keys[: 2 * count], keys[2 * count :]
+    kind = jnp.repeat(jnp.arange(5), count)
+    return Draws(
+        jnp.concatenate([both, both, further]), kind % 2 == 1, jnp.where(kind // 2 == 1, -1.0, 1.0)
+    )
 
 
 def measure(agent: Agent, steps: int, z: Array, chunks: Array, draws: int) -> dict[str, Any]:
     """Means over states z [P, D] and their candidates [P, N, H, C * A], with standard errors."""
     config = agent.config.replace(planner={"diffusion_steps": steps}).graph
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("spreads", *WAYS)}
-    is_shared = jnp.arange(3 * draws) >= draws
     for index in range(len(z)):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(2), index), 3 * draws)
-        scores = score(agent.params, z[index], chunks[index], keys, is_shared, config=config)
-        own, shared, further = np.split(np.asarray(scores, np.float64), 3, axis=1)
+        drawn = make_draws(jax.random.fold_in(jax.random.key(2), index), draws)
+        scores = np.asarray(
+            score(agent.params, z[index], chunks[index], drawn, config=config), np.float64
+        )
+        own, shared, own_negative, shared_negative, further = np.split(scores, 5, axis=1)
         found["spreads"].append(spreads(own, shared))
-        means = [x.reshape(len(x), -1, FUTURES).mean(axis=2) for x in (own, shared)]
-        for name, chosen_by in zip(WAYS, (own, shared, *means), strict=True):
-            found[name].append(choices(chosen_by, further))
+        for futures in FUTURES:
+            for name, plus, minus in (
+                ("own", own, own_negative),
+                ("shared", shared, shared_negative),
+            ):
+                means = plus
+                if futures > 1:
+                    pairs = (plus + minus) / 2
+                    means = pairs.reshape(len(pairs), -1, futures // 2).mean(axis=2)
+                way = name + (f", {futures} futures" if futures > 1 else "")
+                found[way].append(choices(means, further))
     return {
         group: {name: summary([numbers[name] for numbers in each]) for name in each[0]}
         for group, each in found.items()
@@ -135,14 +164,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=48, help=f"a multiple of {FUTURES}")
+    parser.add_argument("--draws", type=int, default=32, help="an even number")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a trial")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(QUICK)
-    if arguments.draws % FUTURES:
-        raise UsageError(f"--draws is {arguments.draws}; it must be a multiple of {FUTURES}")
+    if arguments.draws % 2:
+        raise UsageError(f"--draws is {arguments.draws}; it must be even")
     counts = {name: getattr(arguments, name) for name in ("states", "candidates", "draws")}
     rows = []
     for name in arguments.agents:

@@ -283,12 +283,10 @@ def test_a_score_is_the_mean_over_futures(agent, monkeypatch, futures, shared):
     monkeypatch.setattr(cem_module, "cem", score_once)
     planners._plan.__wrapped__(params, first, jax.random.key(0), 0.0, None, config=config)
     shape = config.model.horizon, config.model.latent_dim
-    if shared:
-        key = jax.random.split(jax.random.key(0), 4)[1]
-        noise = jax.random.normal(key, (futures, *shape) if futures > 1 else shape)
-        noise = jnp.broadcast_to(noise, (4, futures, *shape))
-    else:
-        noise = jax.random.normal(score_key, (4 * futures, *shape)).reshape(4, futures, *shape)
+    key, count = (jax.random.split(jax.random.key(0), 4)[1], 1) if shared else (score_key, 4)
+    drawn = jax.random.normal(key, (count, 2, *shape) if futures == 3 else (count, 1, *shape))
+    noise = drawn if futures == 1 else jnp.stack([drawn[:, 0], -drawn[:, 0], drawn[:, 1]], axis=1)
+    noise = jnp.broadcast_to(noise, (4, futures, *shape))
     z = model.encode(params, first, config=config)
     chunks = jnp.tanh(sequences).reshape(4, config.model.horizon, -1)
     singles = [

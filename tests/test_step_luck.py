@@ -68,21 +68,31 @@ def test_the_winner_is_judged_by_further_draws(luck):
     assert found == {"top": 0.5, "optimism": ((2 - 8) + (9 - 3)) / 2, "regret": ((3 - 8) + 0) / 2}
 
 
-def test_candidates_share_a_draw_or_have_their_own(luck):
+def test_candidates_share_a_draw_or_have_their_own_or_its_negative(luck):
     agent = Agent.load("pendulum")
     sizes = agent.config.model
     chunks = jnp.zeros((3, sizes.horizon, sizes.chunk * sizes.action_dim))
     z, keys = jnp.ones(sizes.latent_dim), jax.random.split(jax.random.key(0), 2)
-    shared = jnp.array([False, True])
+    draws = luck.Draws(keys[jnp.array([0, 1, 0])], jnp.arange(3) == 1, jnp.array([1.0, 1, -1]))
     config = agent.config.graph
-    scores = np.asarray(luck.score(agent.params, z, chunks, keys, shared, config=config))
-    assert scores.shape == (3, 2)
+    scores = np.asarray(luck.score(agent.params, z, chunks, draws, config=config))
+    assert scores.shape == (3, 3)
     assert np.ptp(scores[:, 1]) < 1e-3 < np.ptp(scores[:, 0])
     noise = jax.random.normal(keys[0], (3, sizes.horizon, sizes.latent_dim))
     steps = agent.config.planner.diffusion_steps
-    given = predicted_return(agent.params, z, chunks, noise, config=config, steps=steps)
-    expected = given / config.learn.reward_scale
-    np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-4, atol=1e-3)
+    for column, start in ((0, noise), (2, -noise)):
+        given = predicted_return(agent.params, z, chunks, start, config=config, steps=steps)
+        expected = given / config.learn.reward_scale
+        np.testing.assert_allclose(scores[:, column], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_draws_come_with_their_negatives(luck):
+    draws = luck.make_draws(jax.random.key(0), 2)
+    keys = np.asarray(jax.random.key_data(draws.keys)).reshape(5, 2, -1)
+    np.testing.assert_array_equal(keys[:2], keys[2:4])
+    assert len(np.unique(keys[[0, 1, 4]].reshape(6, -1), axis=0)) == 6
+    np.testing.assert_array_equal(draws.sign, [1, 1, 1, 1, -1, -1, -1, -1, 1, 1])
+    np.testing.assert_array_equal(draws.shared, np.isin(np.arange(10) // 2, (1, 3)))
 
 
 def test_luck_is_written_for_both_populations_and_all_steps(luck, tmp_path, capsys):

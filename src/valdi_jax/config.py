@@ -305,7 +305,8 @@ class PlannerConfig:
     shared_noise: bool = False
     """Start all candidates of a plan from one noise draw instead of one each."""
     futures: Count = 1
-    """Noise draws that a search imagines each candidate from; their mean return is its score."""
+    """Futures that a search imagines of each candidate; their mean return is its score. They start
+    from noise draws and their negatives in turn."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision in which candidates are imagined and scored; the encoder stays in float32."""
     icem: ICEMConfig = field(default_factory=ICEMConfig)

@@ -115,10 +115,9 @@ def _plan(
         actions = actions.reshape(count, config.model.horizon, -1).astype(settings.precision)
         actions = jnp.repeat(actions, futures, axis=0)
         if settings.shared_noise:
-            noise = jax.random.normal(shared_key, (futures, *noise_shape))
-            noise = jnp.tile(noise, (count, 1, 1))
+            noise = jnp.tile(draw_futures(shared_key, 1, futures, noise_shape), (count, 1, 1))
         else:
-            noise = jax.random.normal(key, (count * futures, *noise_shape))
+            noise = draw_futures(key, count, futures, noise_shape)
         tail = draw_tail(jax.random.fold_in(key, 1), (count * futures,), config=config)
         scores = over_devices(scored)(scoring, z, actions, noise, tail)
         return scores.reshape(count, futures).mean(axis=1)
@@ -150,6 +149,17 @@ def _plan(
         carry=carry,
         metrics=compare(params, z, actions, jax.random.fold_in(explore_key, 1), config=config),
     )
+
+
+def draw_futures(key: Array, count: int, futures: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise [count * futures, *shape], of each candidate's futures in turn.
+
+    Every second future starts from the negative of the one before: most of what a draw does to a
+    score is odd in it, and cancels (antithetic draws).
+    """
+    noise = jax.random.normal(key, (count, -(-futures // 2), *shape))
+    pairs = jnp.stack([noise, -noise], axis=2).reshape(count, -1, *shape)
+    return pairs[:, :futures].reshape(-1, *shape)
 
 
 def _policy_noise(key: Array, config: Config) -> Array:
