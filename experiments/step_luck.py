@@ -109,12 +109,14 @@ def score(params: Params, z: Array, chunks: Array, draws: Draws, *, config: Conf
 
 
 def make_draws(key: Array, count: int) -> Draws:
-    """Own draws, shared ones, the negatives of both, and further ones: [5 * count]."""
+    """Own draws, shared ones, the negatives of both, and further shared ones: [5 * count]."""
     keys = jax.random.split(key, 3 * count)
     both, further = keys[: 2 * count], keys[2 * count :]
     kind = jnp.repeat(jnp.arange(5), count)
     return Draws(
-        jnp.concatenate([both, both, further]), kind % 2 == 1, jnp.where(kind // 2 == 1, -1.0, 1.0)
+        keys=jnp.concatenate([both, both, further]),
+        shared=(kind != 0) & (kind != 2),
+        sign=jnp.where(kind // 2 == 1, -1.0, 1.0),
     )
 
 
@@ -164,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=32, help="an even number")
+    parser.add_argument("--draws", type=int, default=48, help="an even number")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a trial")
     arguments = parser.parse_args(argv)

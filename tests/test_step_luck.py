@@ -92,7 +92,7 @@ def test_draws_come_with_their_negatives(luck):
     np.testing.assert_array_equal(keys[:2], keys[2:4])
     assert len(np.unique(keys[[0, 1, 4]].reshape(6, -1), axis=0)) == 6
     np.testing.assert_array_equal(draws.sign, [1, 1, 1, 1, -1, -1, -1, -1, 1, 1])
-    np.testing.assert_array_equal(draws.shared, np.isin(np.arange(10) // 2, (1, 3)))
+    np.testing.assert_array_equal(draws.shared, np.isin(np.arange(10) // 2, (1, 3, 4)))
 
 
 def test_luck_is_written_for_both_populations_and_all_steps(luck, tmp_path, capsys):
