@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import valdi_jax
 from valdi_jax import Agent, model
+from valdi_jax.config import Config
 from valdi_jax.data.episode import Episode
+from valdi_jax.data.replay import Replay
+from valdi_jax.envs import interface_of
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
+from valdi_jax.observation import Observation
+from valdi_jax.run import checkpoint
 from valdi_jax.run.manifest import write_json
-from valdi_jax.types import Array, Plan
+from valdi_jax.types import Array, Batch, Plan
 
 HERE = Path(__file__).parent
+ENCODED = 64  # observations per pass of the encoder
 
 
 class States(NamedTuple):
@@ -57,6 +66,45 @@ def load(name: str, *parts: str) -> Agent:
     if missing:
         raise UsageError(f"{name} has no {' and no '.join(missing)} network")
     return agent
+
+
+def encoded(
+    agent: Agent, runs: Sequence[Path], each: Callable[[Sequence[int]], Iterable[int]]
+) -> Replay:
+    """The runs' replay buffers as one, with the agent's latents in place of observations.
+
+    Raises:
+        UsageError: if there is no such run, or its episodes do not fit the agent.
+    """
+    example = interface_of(agent.make_env).example
+
+    @jax.jit
+    def encode(observations: Observation) -> Array:
+        one = functools.partial(model.encode, agent.params, config=agent.config.graph)
+        return jax.lax.map(one, observations, batch_size=ENCODED)
+
+    replay = Replay(agent.config)
+    for run in runs:
+        directory, newest = checkpoint.locate(checkpoint.latest(run))
+        config = checkpoint.load_config(directory)
+        if newest is None or _grid(config) != _grid(agent.config):
+            raise UsageError(f"{run} holds other steps than those of {agent.config.env.name}")
+        for number in each(list(checkpoint.replay_digests(newest))):
+            episode = checkpoint.load_episode(directory, number, example, agent.config)
+            latents = np.asarray(encode(episode.observations))
+            seen = Observation(vector=latents)
+            replay.add(dataclasses.replace(episode, observations=seen))
+    return replay
+
+
+def _grid(config: Config) -> tuple[int, ...]:
+    return config.model.chunk, config.frame_stride, config.env.action_repeat
+
+
+def segments(batch: Batch, config: Config) -> tuple[Array, Array, Array]:
+    """First latents [B, D], those after the next H chunks [B, H, D], and these [B, H, C * A]."""
+    horizon, latents = config.model.horizon, jnp.asarray(batch.observations.vector)
+    return latents[:, 0], latents[:, 1 : horizon + 1], jnp.asarray(batch.actions)[:, :horizon]
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

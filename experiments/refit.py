@@ -19,10 +19,9 @@ their samples from those of the given agent in 32 steps, from the same noise.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,16 @@ import numpy as np
 import optax
 from rich.progress import Progress
 
-from valdi_jax import Agent, cli, compilation, diffusion, losses, model
+from valdi_jax import cli, compilation, diffusion, losses, model
 from valdi_jax.config import Config
 from valdi_jax.data.replay import Replay
 from valdi_jax.dynamics import DYNAMICS
-from valdi_jax.envs import interface_of
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import reward, value
 from valdi_jax.losses.base import View
 from valdi_jax.networks.layers import apply
 from valdi_jax.networks.transformer import DiffusionTransformer
-from valdi_jax.observation import Observation
-from valdi_jax.run import agents, checkpoint
+from valdi_jax.run import agents
 from valdi_jax.types import Array, Batch, Params
 from valdi_jax.updates import make_optimizer
 
@@ -53,46 +50,6 @@ STEPS = (1, 2, 4, 8)  # of the exported agents
 FINEST = 5  # level L has 2^L steps; the finest is the given agent's
 TABLE = "timestep_embedding"
 SLOW = 0.01  # rate of the average from which a student's targets come
-ENCODED = 64  # observations per pass of the encoder
-
-
-def encoded(
-    agent: Agent, runs: Sequence[Path], each: Callable[[Sequence[int]], Iterable[int]]
-) -> Replay:
-    """The runs' replay buffers as one, with the agent's latents in place of observations.
-
-    Raises:
-        UsageError: if there is no such run, or its episodes do not fit the agent.
-    """
-    example = interface_of(agent.make_env).example
-
-    @jax.jit
-    def encode(observations: Observation) -> Array:
-        one = functools.partial(model.encode, agent.params, config=agent.config.graph)
-        return jax.lax.map(one, observations, batch_size=ENCODED)
-
-    replay = Replay(agent.config)
-    for run in runs:
-        directory, newest = checkpoint.locate(checkpoint.latest(run))
-        config = checkpoint.load_config(directory)
-        if newest is None or _grid(config) != _grid(agent.config):
-            raise UsageError(f"{run} holds other steps than those of {agent.config.env.name}")
-        for number in each(list(checkpoint.replay_digests(newest))):
-            episode = checkpoint.load_episode(directory, number, example, agent.config)
-            latents = np.asarray(encode(episode.observations))
-            seen = Observation(vector=latents)
-            replay.add(dataclasses.replace(episode, observations=seen))
-    return replay
-
-
-def _grid(config: Config) -> tuple[int, ...]:
-    return config.model.chunk, config.frame_stride, config.env.action_repeat
-
-
-def segments(batch: Batch, config: Config) -> tuple[Array, Array, Array]:
-    """First latents [B, D], those after the next H chunks [B, H, D], and these [B, H, C * A]."""
-    horizon, latents = config.model.horizon, jnp.asarray(batch.observations.vector)
-    return latents[:, 0], latents[:, 1 : horizon + 1], jnp.asarray(batch.actions)[:, :horizon]
 
 
 def at_level(dynamics: Params, level: int, timesteps: int) -> Params:
@@ -119,7 +76,7 @@ def shortcut_loss(
     alpha_bars = np.append(diffusion.alpha_bars(last), 1).astype(np.float64)
     angles = jnp.asarray(np.arccos(np.sqrt(alpha_bars)), jnp.float32)
 
-    z, clean, actions = segments(batch, config)
+    z, clean, actions = evidence.segments(batch, config)
     count = len(z)
     keys = jax.random.split(key, 3)
     others = jax.random.randint(keys[0], (count,), 0, FINEST)
@@ -165,7 +122,7 @@ def heads_loss(
 ) -> Array:
     """Loss [] of the reward and value heads, with the targets of training."""
     learn, world = config.learn, DYNAMICS[config.model.dynamics]
-    z, targets, actions = segments(batch, config)
+    z, targets, actions = evidence.segments(batch, config)
     terminals = jnp.asarray(batch.terminals)
     if learn.bootstrap_terminal:
         terminals = jnp.zeros_like(terminals)
@@ -232,7 +189,7 @@ def distances(
 ) -> dict[int, float]:
     """RMS distance of samples in some steps from the teacher's in the most, from the same noise."""
     batch = replay.gather(replay.draw(np.random.default_rng(1), 256))
-    z, targets, actions = segments(batch, config)
+    z, targets, actions = evidence.segments(batch, config)
     noise = jax.random.normal(jax.random.key(1), targets.shape)
     sample = functools.partial(model.imagine, config=config.model)
     ends = sample(teacher, z, actions, noise, steps=2**FINEST)
@@ -265,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
     params, teacher = dict(agent.params), agent.params["dynamics"]
     worlds = dict.fromkeys(STEPS, teacher)
     with Progress(transient=True) as bar:
-        replay = encoded(agent, arguments.data, lambda numbers: bar.track(numbers))
+        replay = evidence.encoded(agent, arguments.data, lambda numbers: bar.track(numbers))
         print("before:", distances(worlds, teacher, replay, config=config))
         task = bar.add_task("training", total=arguments.shortcut + arguments.heads)
         settings = {"config": config, "on_update": functools.partial(bar.advance, task)}

@@ -1,18 +1,21 @@
-"""Fitting a trained agent to samples of several steps."""
+"""What is done with replayed latents: fitting an agent to several steps, and judging scores."""
 
 import ast
 import importlib
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from valdi_jax import Agent, losses
+from valdi_jax import Agent, losses, model
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import reward, value
 from valdi_jax.observation import Observation
+from valdi_jax.planners import draw_futures
+from valdi_jax.planners.scoring import predicted_return
 from valdi_jax.run import checkpoint
 from valdi_jax.train import train
 
@@ -31,14 +34,24 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def refit(monkeypatch):
+def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "experiments")
-    return importlib.import_module("refit")
+    return importlib.import_module
+
+
+@pytest.fixture
+def refit(script):
+    return script("refit")
+
+
+@pytest.fixture
+def quality(script):
+    return script("score_quality")
 
 
 @pytest.fixture
 def replay(refit, run):
-    return refit.encoded(Agent.load("pendulum"), [run], lambda numbers: numbers)
+    return refit.evidence.encoded(Agent.load("pendulum"), [run], lambda numbers: numbers)
 
 
 def test_shortcuts_arrive_where_many_steps_do(refit, run, tmp_path, capsys):
@@ -102,4 +115,45 @@ def test_the_heads_learn_what_training_lets_them_learn(refit, run, replay):
 
 def test_other_steps_than_the_agents_are_refused(refit, run):
     with pytest.raises(UsageError, match="holds other steps"):
-        refit.encoded(Agent.load("mountaincar"), [run], lambda numbers: numbers)
+        refit.evidence.encoded(Agent.load("mountaincar"), [run], lambda numbers: numbers)
+
+
+def test_an_outcome_is_what_came_and_the_value_of_its_end(quality, replay):
+    agent = Agent.load("pendulum")
+    config, params = agent.config, agent.params
+    batch = replay.gather(replay.draw(np.random.default_rng(0), 3))
+    horizon, chunk, discount = config.model.horizon, config.model.chunk, config.learn.discount
+    found = quality.outcomes(params, batch, config=config)
+    for row in range(3):
+        received = batch.rewards[row, :horizon].reshape(-1) * config.learn.reward_scale
+        end = model.value(params, batch.observations.vector[row, horizon], config=config)
+        expected = received @ discount ** np.arange(horizon * chunk)
+        expected += discount ** (horizon * chunk) * float(end)
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4)
+
+
+def test_scores_start_from_nothing_then_from_draws_and_their_negatives(quality, replay):
+    agent = Agent.load("pendulum")
+    config, params = agent.config.graph, agent.params
+    batch = replay.gather(replay.draw(np.random.default_rng(0), 3))
+    z, _, actions = quality.evidence.segments(batch, config)
+    key = jax.random.key(5)
+    found = quality.scores(params, z, actions, key, config=config, steps=2)
+    noise = draw_futures(key, 3, 8, (config.model.horizon, config.model.latent_dim))
+    for index, starts in ((0, 0 * noise[::8]), (1, noise[::8]), (2, -noise[::8])):
+        expected = predicted_return(params, z, actions, starts, config=config, steps=2)
+        np.testing.assert_allclose(found[index], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_quality_of_scores_is_printed_for_all_steps(quality, run, tmp_path, capsys):
+    path = tmp_path / "quality.json"
+    options = ["--steps", "1", "2", "--batches", "2", "--batch-size", "64", "--json", str(path)]
+    quality.main(["pendulum", "--data", str(run), *options])
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert [row["steps"] for row in rows] == [1, 2]
+    for row in rows:
+        assert {-1 <= row[way]["correlation"]["mean"] <= 1 for way in quality.WAYS} == {True}
+        assert row["8 futures"]["error"]["mean"] <= row["1 future"]["error"]["mean"]
+    assert capsys.readouterr().out.count("\n| 2 | ") == 2
+    with pytest.raises(UsageError, match="has no diffusion steps"):
+        quality.main(["lunarlander", "--data", str(run)])
