@@ -185,7 +185,7 @@ def comparisons(results: Results) -> Iterator[Comparison]:
     """Every number of ours that the paper has."""
     for row in results.steps:
         score, _ = paper_steps(row["dynamics"], row["steps"])
-        if score and whole(row):
+        if score and whole(row) and row["futures"] == 1:
             what = counted(row["steps"], "step") if row["steps"] else "score"
             theirs = [float(run) for run in score.split(",")]
             yield Comparison("score", label(row["agent"]), what, number(row), theirs)
@@ -198,6 +198,26 @@ def comparisons(results: Results) -> Iterator[Comparison]:
         if lpips and "lpips" in means:
             agent, what = label(results.futures[0]["agent"]), counted(steps, "step")
             yield Comparison("lpips", agent, what, means["lpips"], [float(lpips)])
+
+
+def costs(results: Results) -> Iterator[str]:
+    """What more steps and futures do to each agent's score, track by track."""
+    for row in results.steps:
+        numbers = steps_sweep.difference(row, results.steps)
+        if numbers is not None:
+            found = number(numbers)
+            verdict = {1: "raise", -1: "lower", 0: "do not change", None: "may change"}[
+                order(found, Number(0, 0))
+            ]
+            yield f"{way(row)} {verdict} the score of {label(row['agent'])} ({found.text(0)})"
+
+
+def way(row: Row) -> str:
+    """How a row's candidates are imagined."""
+    if not row["steps"]:
+        return ""
+    more = f" with {row['futures']} futures" if row["futures"] > 1 else ""
+    return counted(row["steps"], "step") + more
 
 
 def order(a: Number, b: Number) -> int | None:
@@ -221,7 +241,8 @@ def every(verdicts: Sequence[bool | None]) -> bool | None:
 def claims(results: Results) -> Iterator[Claim]:
     """What the paper says of its numbers, where ours can say it, too."""
     # Of several agents with the same dynamics, the first.
-    scores = {(r["dynamics"], r["steps"]): number(r) for r in reversed(results.steps) if whole(r)}
+    alone = [row for row in results.steps if row["futures"] == 1]
+    scores = {(r["dynamics"], r["steps"]): number(r) for r in reversed(alone) if whole(r)}
     one, mlp = scores.get(("diffusion", 1)), scores.get(("mlp", None))
     if one and mlp:
         text = "At one diffusion step, the score is the MLP's within the noise."
@@ -234,7 +255,7 @@ def claims(results: Results) -> Iterator[Claim]:
         not_raised = {0: True, 1: False, -1: True}.get(order(more[steps], one))
         ours = f"{one.text(0)} at 1, at best {more[steps].text(0)} at {steps}"
         yield Claim("score", text, not_raised, ours)
-    drawn = [r for r in results.steps if r["dynamics"] == "diffusion" and r["rollouts"]]
+    drawn = [r for r in alone if r["dynamics"] == "diffusion" and r["rollouts"]]
     drawn = [row for row in drawn if row["agent"] == drawn[0]["agent"]]
     variety = sorted((row["steps"], row["variety"]) for row in drawn)
     if len(variety) > 1:
@@ -371,7 +392,7 @@ def render(results: Results, limit: int = LIMIT) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (counted, label, machine, made, number, plain, whole)
+    filters = (counted, label, machine, made, number, plain, way, whole)
     environment.filters |= {each.__name__: each for each in filters} | {"time": reproduce.length}
     return environment.get_template("report.html.j2").render(
         results._asdict(),
@@ -383,6 +404,7 @@ def render(results: Results, limit: int = LIMIT) -> str:
         measures=[name for name in MEASURES if any(name in each for each in means.values())],
         paper_steps=paper_steps,
         against=steps_sweep.against,
+        costs=list(costs(results)),
         paper_values=paper_values,
         films=films,
         media=embed(shown, limit),

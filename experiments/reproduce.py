@@ -60,9 +60,9 @@ class Named(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Options of the scripts: three quarters of an hour of one core, and 18 minutes a decoder."""
+    """Options of the scripts: an hour of one core, and 18 minutes a decoder."""
 
-    steps: str = "--episodes 20"
+    steps: str = "--episodes 20 --steps 1 2 4 8 8x2"
     values: str = "--episodes 25 --states 5000"
     decoder: str = "--episodes 12 --validation 2 --epochs 12 --batch-size 8 --learning-rate 1e-3"
     futures: str = "--steps 1 2 4 8"

@@ -1,6 +1,8 @@
 """Return and variety of imagined futures against diffusion steps (the paper's Figure 3).
 
-python experiments/steps_sweep.py carracing carracing-mlp --steps 1 2 4 8 --json steps.json
+python experiments/steps_sweep.py carracing carracing-mlp --steps 1 2 4 8 8x2 --json steps.json
+
+8x2 stands for 8 steps and two futures of each candidate, whose mean return is its score.
 
 Variety is the distance of two imagined last latents, as the root of their mean squared difference:
 the mean over all pairs of 100 rollouts of one state and plan that differ in their noise, averaged
@@ -69,16 +71,22 @@ def imagine(
     return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
 
 
-def with_steps(agent: Agent, steps: int | None) -> Config:
-    """An agent's configuration with a number of diffusion steps, or none."""
-    return (
-        agent.config if steps is None else agent.config.replace(planner={"diffusion_steps": steps})
-    )
+def way(text: str) -> tuple[int, int]:
+    """Steps and futures of an argument: 8, or 8x2."""
+    steps, _, futures = text.partition("x")
+    return int(steps), int(futures or 1)
+
+
+def with_steps(agent: Agent, steps: int | None, futures: int) -> Config:
+    """An agent's configuration with a number of diffusion steps, or none, and of futures."""
+    if steps is None:
+        return agent.config
+    return agent.config.replace(planner={"diffusion_steps": steps, "futures": futures})
 
 
 def variety(agent: Agent, steps: int, states: evidence.States, rollouts: int) -> float:
     """Mean distance of imagined last latents that differ in their noise."""
-    config = with_steps(agent, steps).graph
+    config = with_steps(agent, steps, 1).graph
     latents = imagine(
         *(agent.params, states.z, states.chunks, jax.random.key(0)),
         config=config,
@@ -87,9 +95,9 @@ def variety(agent: Agent, steps: int, states: evidence.States, rollouts: int) ->
     return float(jnp.mean(jax.vmap(spread)(latents[:, :, -1])))
 
 
-def score(agent: Agent, steps: int | None, episode: int) -> tuple[float, float]:
+def score(agent: Agent, steps: int | None, futures: int, episode: int) -> tuple[float, float]:
     """Return of one of the fixed episodes, and the median time of a plan in milliseconds."""
-    config = with_steps(agent, steps)
+    config = with_steps(agent, steps, futures)
     (driven,) = evaluate(agent.params, config, episodes=episode + 1, first=episode)
     return driven.episode.episode_return, 1000 * float(np.median(driven.plan_seconds))
 
@@ -108,20 +116,27 @@ def summarise(row: Row, episodes: int) -> Row:
     }
 
 
-def against(row: Row, rows: list[Row]) -> str:
-    """Mean difference from the same agent's row with the fewest steps, by episode."""
+def difference(row: Row, rows: list[Row]) -> dict[str, Any] | None:
+    """Mean difference from the same agent's row with the fewest steps, episode by episode."""
     own = [other for other in rows if other["agent"] == row["agent"] and other["steps"]]
-    base = min(own, key=lambda other: other["steps"], default=row)
+    base = min(own, key=lambda other: (other["steps"], other["futures"]), default=row)
     if base is row or not row["steps"]:
-        return ""
+        return None
     pairs = zip(row["returns"], base["returns"], strict=False)  # of episodes that both have
-    numbers = summary([ours - theirs for ours, theirs in pairs])
+    return summary([ours - theirs for ours, theirs in pairs])
+
+
+def against(row: Row, rows: list[Row]) -> str:
+    """`difference` as text."""
+    numbers = difference(row, rows)
+    if numbers is None:
+        return ""
     return evidence.plus_minus(numbers["mean"], numbers["standard_error"], 0)
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row an agent and number of steps, the paper's numbers on CarRacing beside."""
-    titles = ["agent", "steps", "return", "against", "plan ms", "variety"]
+    titles = ["agent", "steps", "futures", "return", "against", "plan ms", "variety"]
     titles += ["paper, CarRacing: return", "LPIPS"]
     lines = []
     for r in rows:
@@ -129,7 +144,9 @@ def table(rows: list[Row]) -> str:
         score = evidence.plus_minus(r["mean"], r["standard_error"], 0)
         paper = PAPER.get((r["dynamics"], r["steps"]), ("", ""))
         measured = f"{r['plan_ms']:.1f}", f"{r['variety']:.4f}"
-        lines.append([Path(r["agent"]).name, steps, score, against(r, rows), *measured, *paper])
+        futures = "" if r["steps"] is None else str(r["futures"])
+        known = [Path(r["agent"]).name, steps, futures, score, against(r, rows)]
+        lines.append([*known, *measured, *paper])
     return evidence.markdown(titles, lines)
 
 
@@ -138,11 +155,15 @@ def draw(rows: list[Row], out: Path) -> None:
     import matplotlib.pyplot as plt  # an optional package
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for index, name in enumerate(dict.fromkeys(row["agent"] for row in rows)):
+    groups = dict.fromkeys((row["agent"], row["futures"]) for row in rows)
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in groups))}
+    for name, futures in groups:
         own = sorted(
-            (row for row in rows if row["agent"] == name), key=lambda row: row["steps"] or 0
+            (row for row in rows if (row["agent"], row["futures"]) == (name, futures)),
+            key=lambda row: row["steps"] or 0,
         )
-        label, color = Path(name).name, f"C{index}"
+        label = Path(name).name + (f", {futures} futures" if futures > 1 else "")
+        color, marker = colors[name], "o" if futures == 1 else "s"
         if own[0]["steps"] is None:
             left.axhline(own[0]["mean"], color=color, linestyle="--", label=label)
             right.axhline(own[0]["variety"], color=color, linestyle="--")
@@ -150,8 +171,9 @@ def draw(rows: list[Row], out: Path) -> None:
         steps = [row["steps"] for row in own]
         errors = [row["standard_error"] or 0.0 for row in own]
         returns = [row["mean"] for row in own]
-        left.errorbar(steps, returns, errors, color=color, marker="o", capsize=3, label=label)
-        right.plot(steps, [row["variety"] for row in own], color=color, marker="o")
+        left.errorbar(steps, returns, errors, color=color, marker=marker, capsize=3, label=label)
+        if futures == 1:
+            right.plot(steps, [row["variety"] for row in own], color=color, marker="o")
     ticks = sorted({row["steps"] for row in rows if row["steps"] is not None})
     for panel, label in ((left, "return"), (right, "variety of imagined last latents")):
         panel.set_ylabel(label)
@@ -172,7 +194,9 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("agents", nargs="+", metavar="AGENT")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--steps", type=way, nargs="+", default=[(1, 1), (2, 1), (4, 1), (8, 1)], metavar="N[xM]"
+    )
     parser.add_argument("--episodes", type=int, default=100, help="the first of the fixed ones")
     parser.add_argument("--json", type=Path, help="where results are kept")
     parser.add_argument("--figure", type=Path)
@@ -182,7 +206,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     pairs, rollouts = 8, 100
     if arguments.quick:
-        arguments.steps, arguments.episodes, pairs, rollouts = [1, 2], 2, 2, 20
+        arguments.steps = [(1, 1), (2, 1)]
+        arguments.episodes, pairs, rollouts = 2, 2, 20
     kept = arguments.json and arguments.json.exists()
     rows: list[Row] = json.loads(arguments.json.read_text())["rows"] if kept else []
     shown = []
@@ -193,11 +218,12 @@ def main(argv: Sequence[str]) -> None:
         dynamics = agent.config.model.dynamics
         generative = DYNAMICS[dynamics].step is None
         own_states = functools.cache(functools.partial(evidence.states, agent, pairs))
-        for steps in arguments.steps if generative else [None]:
+        for steps, futures in arguments.steps if generative else [(None, 1)]:
             settings = {
                 "agent": name,
                 "dynamics": dynamics,
                 "steps": steps,
+                "futures": futures,
                 "max_steps": agent.config.env.max_steps,  # 0 for the environment's own limit
                 "pairs": pairs if generative else 0,
                 "rollouts": rollouts if generative else 0,
@@ -208,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
                 row = settings | {"variety": known, "returns": [], "plan_times": []}
                 rows.append(row)
             for episode in range(len(row["returns"]), arguments.episodes):
-                found, time = score(agent, steps, episode)
+                found, time = score(agent, steps, futures, episode)
                 row["returns"].append(found)
                 row["plan_times"].append(time)
                 row |= summarise(row, episode + 1)

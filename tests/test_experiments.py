@@ -86,8 +86,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
     sweep = script("steps_sweep")
     path, calls = tmp_path / "steps.json", []
 
-    def score(agent, steps, episode):
-        calls.append((steps, episode))
+    def score(agent, steps, futures, episode):
+        calls.append((steps, episode) if futures == 1 else (steps, futures, episode))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return 10.0 * episode - (steps or 0) * (1 + 2 * episode), 2.0
@@ -95,7 +95,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
     monkeypatch.setattr(sweep, "score", score)
     monkeypatch.setattr(sweep, "variety", lambda agent, steps, states, rollouts: 0.5)
     monkeypatch.setattr(sweep.evidence, "states", lambda agent, count: f"{count} pairs")
-    command = ["pendulum", "lunarlander", "--steps", "1", "4", "--json", str(path)]
+    command = ["pendulum", "lunarlander", "--json", str(path)]
+    command += ["--steps", "1", "4"]
     with pytest.raises(KeyboardInterrupt):
         sweep.main([*command, "--episodes", "2"])
     assert [row["returns"] for row in json.loads(path.read_text())["rows"]] == [[-1.0]]
@@ -104,13 +105,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
     once = [(1, 0), (1, 1), (1, 1), (4, 0), (4, 1), (None, 0), (None, 1)]
     assert calls == once  # one episode more than once: it was interrupted; an MLP takes no steps
     # -3 and -9 from 1 to 4 steps
-    assert "| pendulum | 4 | -3 ± 1 | -6 ± 3 | 2.0 | 0.5000 |" in capsys.readouterr().out
+    assert "| pendulum | 4 | 1 | -3 ± 1 | -6 ± 3 | 2.0 | 0.5000 |" in capsys.readouterr().out
     sweep.main([*command, "--episodes", "3"])
     assert calls[7:] == [(1, 2), (4, 2), (None, 2)]
     sweep.main([*command, "--episodes", "2"])
     assert len(calls) == 10
-    assert "| pendulum | 4 | -3 ± 1 | -6 ± 3 |" in capsys.readouterr().out.rsplit("agent", 1)[1]
+    assert "| pendulum | 4 | 1 | -3 ± 1 | -6 ± 3 |" in capsys.readouterr().out.rsplit("agent", 1)[1]
     assert [len(row["returns"]) for row in json.loads(path.read_text())["rows"]] == [3, 3, 3]
+    sweep.main([*command, "--episodes", "1", "--steps", "1", "4x2"])
+    assert calls[10:] == [(4, 2, 0)]  # an MLP has no futures
 
 
 def test_the_spread_is_the_mean_distance_of_pairs(script):
