@@ -4,7 +4,7 @@
 # make docs        build the documentation as a site, in build/site
 # make bench       measure the planner, the update, the environment and whole training
 # make figures     the paper's figures and table from the agents in the box and their decoders, as
-#                  one page: in half an hour or so on two cores; OPTIONS='--quick --out build/quick'
+#                  one page: within an hour on two cores; OPTIONS='--quick --out build/quick'
 #                  for a trial in minutes
 # make reproduce   the same from nothing: trains both agents before, a few hours more
 
