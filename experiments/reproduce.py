@@ -122,8 +122,13 @@ def stages(
     generative = next((each for each in agents if each.generative), None)
     if generative and not generative.decoder:
         add("decoder", "decoder.py", [generative.agent], sizes.decoder, {"--out": "decoder"})
+    scored = [f"scores-{each.label}" for each in agents]
+    for each, name in zip(agents, scored, strict=True):
+        files = {"--json": f"{name}.json"}
+        add(name, "steps_sweep.py", [each.agent], sizes.steps, files, keeps=["--json"])
+    known = shlex.join(["--known", *[str(out / f"{name}.json") for name in scored]])
     files = {"--json": "steps.json", "--figure": "steps.png"}
-    add("steps", "steps_sweep.py", names, sizes.steps, files, keeps=["--json"])
+    add("steps", "steps_sweep.py", names, f"{sizes.steps} {known}", files, scored)
     if generative:
         both = [generative.agent, str(generative.decoder or out / "decoder")]
         needs = [] if generative.decoder else ["decoder"]

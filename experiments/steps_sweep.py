@@ -33,6 +33,7 @@ import numpy as np
 from valdi_jax import Agent, cli, model
 from valdi_jax.config import Config
 from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate, summary
 from valdi_jax.types import Array, Params
 
@@ -69,6 +70,19 @@ def imagine(
         return jax.vmap(one, (None, None, None, 0))(params["dynamics"], z, chunks, noise)
 
     return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a sweep before.
+
+    Raises:
+        UsageError: if the file is not what this script writes.
+    """
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return [row for row in rows if row["returns"] and row["plan_times"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} holds no results of this script: {error!r}") from error
 
 
 def way(text: str) -> tuple[int, int]:
@@ -199,6 +213,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--episodes", type=int, default=100, help="the first of the fixed ones")
     parser.add_argument("--json", type=Path, help="where results are kept")
+    parser.add_argument(
+        "--known", type=Path, nargs="+", default=[], metavar="JSON", help="results of other sweeps"
+    )
     parser.add_argument("--figure", type=Path)
     parser.add_argument(
         "--quick", action="store_true", help="a trial: 1 and 2 steps, short episodes"
@@ -209,7 +226,8 @@ def main(argv: Sequence[str]) -> None:
         arguments.steps = [(1, 1), (2, 1)]
         arguments.episodes, pairs, rollouts = 2, 2, 20
     kept = arguments.json and arguments.json.exists()
-    rows: list[Row] = json.loads(arguments.json.read_text())["rows"] if kept else []
+    rows = read(arguments.json) if kept else []
+    rows += [row for path in arguments.known for row in read(path) if row not in rows]
     shown = []
     for name in arguments.agents:
         agent = evidence.load(name, "dynamics")
@@ -228,7 +246,8 @@ def main(argv: Sequence[str]) -> None:
                 "pairs": pairs if generative else 0,
                 "rollouts": rollouts if generative else 0,
             }
-            row = next((row for row in rows if settings.items() <= row.items()), None)
+            same = [row for row in rows if settings.items() <= row.items()]
+            row = max(same, key=lambda row: len(row["returns"]), default=None)
             if row is None:
                 known = variety(agent, steps, own_states(), rollouts) if steps else 0.0
                 row = settings | {"variety": known, "returns": [], "plan_times": []}
@@ -241,6 +260,8 @@ def main(argv: Sequence[str]) -> None:
                 if arguments.json:
                     evidence.write(arguments.json, rows, [__file__, *argv])
             shown.append(summarise(row, arguments.episodes))
+    if arguments.json and not arguments.json.exists():  # all was known
+        evidence.write(arguments.json, rows, [__file__, *argv])
     print(table(shown))
     if arguments.figure and importlib.util.find_spec("matplotlib"):
         draw(shown, arguments.figure)

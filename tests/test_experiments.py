@@ -114,6 +114,14 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
     assert [len(row["returns"]) for row in json.loads(path.read_text())["rows"]] == [3, 3, 3]
     sweep.main([*command, "--episodes", "1", "--steps", "1", "4x2"])
     assert calls[10:] == [(4, 2, 0)]  # an MLP has no futures
+    other = tmp_path / "other.json"
+    command[command.index(str(path))] = str(other)
+    sweep.main([*command, "--episodes", "3", "--known", str(path)])
+    assert len(calls) == 11
+    assert [len(row["returns"]) for row in json.loads(other.read_text())["rows"]] == [3, 3, 3, 1]
+    other.write_text('{"rows": [{"agent": "pendulum"}]}')
+    with pytest.raises(UsageError, match=r"other.json holds no results of this script"):
+        sweep.main(command)
 
 
 def test_the_spread_is_the_mean_distance_of_pairs(script):
