@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import platform
 import shlex
@@ -19,7 +20,7 @@ import numpy as np
 
 import valdi_jax
 from valdi_jax import Agent, model
-from valdi_jax.config import Config
+from valdi_jax.config import Config, to_dict
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.replay import Replay
 from valdi_jax.envs import interface_of
@@ -27,7 +28,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.observation import Observation
 from valdi_jax.run import checkpoint
-from valdi_jax.run.manifest import write_json
+from valdi_jax.run.manifest import content_digest, write_json
 from valdi_jax.types import Array, Batch, Plan
 
 HERE = Path(__file__).parent
@@ -85,20 +86,32 @@ def encoded(
 
     replay = Replay(agent.config)
     for run in runs:
-        directory, newest = checkpoint.locate(checkpoint.latest(run))
-        config = checkpoint.load_config(directory)
-        if newest is None or _grid(config) != _grid(agent.config):
-            raise UsageError(f"{run} holds other steps than those of {agent.config.env.name}")
+        config = checkpoint.load_config(run)
+        if _kind(config) != _kind(agent.config):
+            raise UsageError(f"{run} holds no episodes of {agent.config.env.name} as the agent has")
+        newest = checkpoint.latest(run)
+        if damage := checkpoint.verify(newest):
+            raise UsageError(damage[0])
         for number in each(list(checkpoint.replay_digests(newest))):
-            episode = checkpoint.load_episode(directory, number, example, agent.config)
+            episode = checkpoint.load_episode(run, number, example, agent.config)
             latents = np.asarray(encode(episode.observations))
             seen = Observation(vector=latents)
-            replay.add(dataclasses.replace(episode, observations=seen))
+            replay.give(dataclasses.replace(episode, observations=seen))  # however many
+    if not replay.ready:
+        raise UsageError(f"{' and '.join(map(str, runs))} hold no episode of a segment's length")
     return replay
 
 
-def _grid(config: Config) -> tuple[int, ...]:
-    return config.model.chunk, config.frame_stride, config.env.action_repeat
+def _kind(config: Config) -> tuple[Any, ...]:
+    env = config.env
+    return env.name, env.action_repeat, config.model.chunk, config.frame_stride
+
+
+def identity(agent: Agent) -> str:
+    """Digest of an agent's parameters and of how it plans and is evaluated."""
+    config = to_dict(agent.config)
+    settings = json.dumps({name: config[name] for name in ("env", "planner")}, sort_keys=True)
+    return content_digest({"params": agent.params, "settings": settings})[:16]
 
 
 def segments(batch: Batch, config: Config) -> tuple[Array, Array, Array]:

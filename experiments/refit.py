@@ -36,6 +36,7 @@ from valdi_jax import cli, compilation, diffusion, losses, model
 from valdi_jax.config import Config
 from valdi_jax.data.replay import Replay
 from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.dynamics.base import masked_mean
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import reward, value
 from valdi_jax.losses.base import View
@@ -56,6 +57,12 @@ def at_level(dynamics: Params, level: int, timesteps: int) -> Params:
     """The world model of a shortcut's level: its own table of embeddings."""
     table = dynamics[TABLE][level * timesteps : (level + 1) * timesteps]
     return dynamics | {TABLE: table}
+
+
+def before_end(batch: Batch, config: Config) -> Array:
+    """Which chunks [B, H + 1] are no padding."""
+    terminals = jnp.asarray(batch.terminals)
+    return losses.before_end(terminals * (not config.learn.bootstrap_terminal))
 
 
 def shortcut_loss(
@@ -106,8 +113,8 @@ def shortcut_loss(
     joined = (there - jnp.cos(turn) * noised) / jnp.sin(turn)
     own = velocity(teacher, noised, 0, start)
     target = jnp.where((level == FINEST)[:, None, None], own, joined)
-    answer = velocity(params, noised, level, start)
-    return jnp.mean((answer - jax.lax.stop_gradient(target)) ** 2)
+    error = (velocity(params, noised, level, start) - jax.lax.stop_gradient(target)) ** 2
+    return masked_mean(error, before_end(batch, config)[:, : sizes.horizon, None])
 
 
 def heads_loss(
@@ -123,10 +130,9 @@ def heads_loss(
     """Loss [] of the reward and value heads, with the targets of training."""
     learn, world = config.learn, DYNAMICS[config.model.dynamics]
     z, targets, actions = evidence.segments(batch, config)
-    terminals = jnp.asarray(batch.terminals)
+    valid, terminals = before_end(batch, config), jnp.asarray(batch.terminals)
     if learn.bootstrap_terminal:
         terminals = jnp.zeros_like(terminals)
-    valid = losses.before_end(terminals)
     keys = jax.random.split(key)
     if steps:
         noise = jax.random.normal(keys[0], targets.shape)
@@ -148,10 +154,11 @@ def heads_loss(
         next_latents=jnp.asarray(batch.observations.vector)[:, 1:],
         dynamics_loss=jnp.zeros(()),
     )
-    terms = (reward.TERM, value.TERM)
-    return sum(
-        (term.loss(heads, slow, view, None, config=config)[0] for term in terms), jnp.zeros(())
-    )
+    total = jnp.zeros(())
+    for term in (reward.TERM, value.TERM):
+        share = (1 - learn.sigreg_weight) * term.weight(config)  # as the gradient's norm is clipped
+        total += share * term.loss(heads, slow, view, None, config=config)[0]
+    return total
 
 
 def fit(
@@ -218,6 +225,18 @@ def main(argv: Sequence[str]) -> None:
         raise UsageError(f"{arguments.agent} has no diffusion world model")
     if arguments.out.exists():
         raise UsageError(f"{arguments.out} exists already: give a new directory")
+    if agent.config.model.diffusion_timesteps < 2 ** (FINEST + 1):
+        raise UsageError(f"{arguments.agent} has fewer than {2 ** (FINEST + 1)} timesteps")
+    for name, least in (("shortcut", 0), ("heads", 0), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--{option} is {getattr(arguments, name)}; it must be {least} or more"
+            )
+    if not arguments.shortcut and not arguments.heads:
+        raise UsageError("nothing to learn: give --shortcut or --heads")
+    if arguments.steps not in (0, *STEPS):
+        raise UsageError(f"--steps is {arguments.steps}; it must be one of 0, 1, 2, 4, 8")
     config = agent.config.replace(learn={"batch_size": arguments.batch_size})
     params, teacher = dict(agent.params), agent.params["dynamics"]
     worlds = dict.fromkeys(STEPS, teacher)
@@ -238,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
         if arguments.heads:
             loss = functools.partial(heads_loss, steps=arguments.steps)
             heads = {name: params[name] for name in HEADS}
-            world = worlds.get(arguments.steps, teacher)
+            world = worlds.get(arguments.steps, teacher) if arguments.steps else teacher
             given = loss, heads, world, replay, arguments.heads
             params |= fit(*given, slow_rate=config.learn.ema_rate, **settings)
     command = shlex.join(["python", "experiments/refit.py", *argv])

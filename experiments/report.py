@@ -118,7 +118,8 @@ def read(where: Path) -> Results:
     def record(path: Path) -> Row:
         return json.loads(path.read_text()) if path.exists() else {}
 
-    steps, futures, curves = (rows(f"{name}.json") for name in ("steps", "futures", "curves"))
+    steps = steps_sweep.read(where / "steps.json")
+    _, futures, curves = (rows(f"{name}.json") for name in ("steps", "futures", "curves"))
     values = sorted(rows("values*.json"), key=lambda row: (row["dynamics"], row["agent"]))
     own = [found] if (found := record(where / "decoder/decoder.json")) else []
     agents = list(dict.fromkeys(row["agent"] for row in [*steps, *values, *futures, *own]))
@@ -206,10 +207,9 @@ def costs(results: Results) -> Iterator[str]:
         numbers = steps_sweep.difference(row, results.steps)
         if numbers is not None:
             found = number(numbers)
-            verdict = {1: "raise", -1: "lower", 0: "do not change", None: "may change"}[
-                order(found, Number(0, 0))
-            ]
-            yield f"{way(row)} {verdict} the score of {label(row['agent'])} ({found.text(0)})"
+            verdict = {1: "higher", -1: "lower", 0: "no different", None: "not known"}
+            said = verdict[order(found, Number(0, 0))]
+            yield f"{label(row['agent'])} with {way(row)} {said} ({found.text(0)})"
 
 
 def way(row: Row) -> str:

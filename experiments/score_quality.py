@@ -30,7 +30,7 @@ import numpy as np
 from rich.progress import track
 
 from valdi_jax import Agent, cli, compilation, model
-from valdi_jax.config import Config
+from valdi_jax.config import Config, validate
 from valdi_jax.data.replay import Replay
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
@@ -45,12 +45,15 @@ WAYS = ("no noise", *(f"{count} futures" if count > 1 else "1 future" for count 
 
 
 def outcomes(params: Params, batch: Batch, *, config: Config) -> Array:
-    """Discounted reward [B] of the first H chunks, and the value of the latent after them."""
+    """Discounted reward [B] of the first H chunks, and the value after them, if any."""
     discount, horizon = config.learn.discount, config.model.horizon
     rewards = config.learn.reward_scale * jnp.asarray(batch.rewards)[:, :horizon]
     ends = jnp.asarray(batch.observations.vector)[:, horizon]
     faded = discount ** (config.model.chunk * jnp.arange(horizon + 1.0))
-    last = faded[-1] * model.value(params, ends, config=config)
+    goes_on = 1 - jnp.asarray(batch.terminals)[:, :horizon].max(axis=1)
+    if config.learn.bootstrap_terminal:
+        goes_on = jnp.ones_like(goes_on)
+    last = goes_on * faded[-1] * model.value(params, ends, config=config)
     return chunk_rewards(rewards, discount=discount) @ faded[:-1] + last
 
 
@@ -104,6 +107,10 @@ def main(argv: Sequence[str]) -> None:
     agent = evidence.load(arguments.agent, "dynamics", "reward", "value")
     if DYNAMICS[agent.config.model.dynamics].step is not None:
         raise UsageError(f"{arguments.agent} has no diffusion steps")
+    if arguments.batches < 1 or arguments.batch_size < 2:
+        raise UsageError("--batches must be above 0 and --batch-size above 1")
+    for steps in arguments.steps:
+        validate(agent.config.replace(planner={"diffusion_steps": steps}))
     agent.config = agent.config.replace(learn={"batch_size": arguments.batch_size})
     replay = evidence.encoded(agent, arguments.data, lambda numbers: track(numbers, transient=True))
     rows = [

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from valdi_jax import Agent, cli
-from valdi_jax.config import Config
+from valdi_jax.config import Config, validate
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import summary
@@ -45,11 +45,14 @@ from valdi_jax.planners.scoring import predicted_return
 from valdi_jax.types import Array, Params
 
 FUTURES = (1, 2, 4)  # whose mean is a score
-WAYS = tuple(
-    name + (f", {count} futures" if count > 1 else "")
-    for count in FUTURES
-    for name in ("own", "shared")
-)
+
+
+def way(kind: str, futures: int) -> str:
+    """Name of a way to score."""
+    return kind + (f", {futures} futures" if futures > 1 else "")
+
+
+WAYS = tuple(way(kind, count) for count in FUTURES for kind in ("own", "shared"))
 QUICK: dict[str, Any] = {"steps": [1, 2], "states": 2, "candidates": 16, "draws": 8}
 
 
@@ -140,8 +143,7 @@ def measure(agent: Agent, steps: int, z: Array, chunks: Array, draws: int) -> di
                 if futures > 1:
                     pairs = (plus + minus) / 2
                     means = pairs.reshape(len(pairs), -1, futures // 2).mean(axis=2)
-                way = name + (f", {futures} futures" if futures > 1 else "")
-                found[way].append(choices(means, further))
+                found[way(name, futures)].append(choices(means, further))
     return {
         group: {name: summary([numbers[name] for numbers in each]) for name in each[0]}
         for group, each in found.items()
@@ -172,8 +174,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(QUICK)
-    if arguments.draws % 2:
-        raise UsageError(f"--draws is {arguments.draws}; it must be even")
+    if arguments.draws < 2 or arguments.draws % 2:
+        raise UsageError(f"--draws is {arguments.draws}; it must be even, and 2 or more")
+    for name, least in (("states", 1), ("candidates", 2)):
+        if getattr(arguments, name) < least:
+            raise UsageError(f"--{name} is {getattr(arguments, name)}; it must be {least} or more")
     counts = {name: getattr(arguments, name) for name in ("states", "candidates", "draws")}
     rows = []
     for name in arguments.agents:
@@ -181,6 +186,8 @@ def main(argv: Sequence[str]) -> None:
         sizes, kind = agent.config.model, agent.config.planner.kind
         if DYNAMICS[sizes.dynamics].step or "q" in sizes.networks or kind != "cem":
             raise UsageError(f"{name} is no agent with diffusion steps, a value head and CEM")
+        for steps in arguments.steps:
+            validate(agent.config.replace(planner={"diffusion_steps": steps}))
         z, both = populations(agent, arguments.states, arguments.candidates)
         for population, chunks in both.items():
             for steps in arguments.steps:

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from valdi_jax import Agent, cli, model
-from valdi_jax.config import Config
+from valdi_jax.config import Config, validate
 from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.envs import evaluation_seeds
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate, summary
 from valdi_jax.types import Array, Params
@@ -47,6 +48,8 @@ PAPER = {
 }
 
 Row = dict[str, Any]
+# What two rows of the same agent, the same environment and the same question have in common.
+SETTINGS = ("agent", "digest", "steps", "futures", "max_steps", "pairs", "rollouts")
 
 
 def spread(latents: Array) -> Array:
@@ -72,23 +75,41 @@ def imagine(
     return jax.vmap(of_pair)(z, chunks, jax.random.split(key, z.shape[0]))
 
 
+def generative(agent: Agent) -> bool:
+    """Whether what it imagines depends on noise and steps."""
+    return DYNAMICS[agent.config.model.dynamics].step is None
+
+
 def read(path: Path) -> list[Row]:
-    """Rows of a sweep before.
+    """Rows of a sweep before; none if there is no such file.
 
     Raises:
         UsageError: if the file is not what this script writes.
     """
     try:
-        rows = json.loads(path.read_text())["rows"]
-        return [row for row in rows if row["returns"] and row["plan_times"]]
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return [row for row in rows if row["returns"] and row["plan_times"] and row["digest"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{path} holds no results of this script: {error!r}") from error
+        raise UsageError(f"{path} is not what the scripts write: {error!r}") from error
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Of rows with the same settings, the one with the most episodes."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in SETTINGS)
+        if key not in found or len(row["returns"]) > len(found[key]["returns"]):
+            found[key] = row
+    return list(found.values())
 
 
 def way(text: str) -> tuple[int, int]:
     """Steps and futures of an argument: 8, or 8x2."""
-    steps, _, futures = text.partition("x")
-    return int(steps), int(futures or 1)
+    try:
+        steps, *futures = map(int, text.split("x"))
+        return steps, *(futures or [1])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or NxM, such as 8x2") from None
 
 
 def with_steps(agent: Agent, steps: int | None, futures: int) -> Config:
@@ -132,7 +153,8 @@ def summarise(row: Row, episodes: int) -> Row:
 
 def difference(row: Row, rows: list[Row]) -> dict[str, Any] | None:
     """Mean difference from the same agent's row with the fewest steps, episode by episode."""
-    own = [other for other in rows if other["agent"] == row["agent"] and other["steps"]]
+    alike = "agent", "digest", "max_steps"
+    own = [r for r in rows if r["steps"] and all(r[name] == row[name] for name in alike)]
     base = min(own, key=lambda other: (other["steps"], other["futures"]), default=row)
     if base is row or not row["steps"]:
         return None
@@ -156,7 +178,7 @@ def table(rows: list[Row]) -> str:
     for r in rows:
         steps = "" if r["steps"] is None else str(r["steps"])
         score = evidence.plus_minus(r["mean"], r["standard_error"], 0)
-        paper = PAPER.get((r["dynamics"], r["steps"]), ("", ""))
+        paper = PAPER.get((r["dynamics"], r["steps"]), ("", "")) if r["futures"] == 1 else ("", "")
         measured = f"{r['plan_ms']:.1f}", f"{r['variety']:.4f}"
         futures = "" if r["steps"] is None else str(r["futures"])
         known = [Path(r["agent"]).name, steps, futures, score, against(r, rows)]
@@ -225,31 +247,33 @@ def main(argv: Sequence[str]) -> None:
     if arguments.quick:
         arguments.steps = [(1, 1), (2, 1)]
         arguments.episodes, pairs, rollouts = 2, 2, 20
-    kept = arguments.json and arguments.json.exists()
-    rows = read(arguments.json) if kept else []
-    rows += [row for path in arguments.known for row in read(path) if row not in rows]
-    shown = []
-    for name in arguments.agents:
-        agent = evidence.load(name, "dynamics")
+    evaluation_seeds(arguments.episodes)  # raises
+    agents = {name: evidence.load(name, "dynamics") for name in arguments.agents}
+    for agent in agents.values():
         if arguments.quick:
             agent.config = agent.config.replace(env={"max_steps": 60})
-        dynamics = agent.config.model.dynamics
-        generative = DYNAMICS[dynamics].step is None
-        own_states = functools.cache(functools.partial(evidence.states, agent, pairs))
-        for steps, futures in arguments.steps if generative else [(None, 1)]:
+        for steps, futures in arguments.steps if generative(agent) else []:
+            validate(with_steps(agent, steps, futures))
+    own = [arguments.json] if arguments.json else []
+    rows = merged([row for path in (*own, *arguments.known) for row in read(path)])
+    shown = []
+    for name, agent in agents.items():
+        states = functools.cache(functools.partial(evidence.states, agent, pairs))
+        digest = evidence.identity(agent)
+        for steps, futures in arguments.steps if generative(agent) else [(None, 1)]:
             settings = {
                 "agent": name,
-                "dynamics": dynamics,
+                "digest": digest,
+                "dynamics": agent.config.model.dynamics,
                 "steps": steps,
                 "futures": futures,
                 "max_steps": agent.config.env.max_steps,  # 0 for the environment's own limit
-                "pairs": pairs if generative else 0,
-                "rollouts": rollouts if generative else 0,
+                "pairs": pairs if steps else 0,
+                "rollouts": rollouts if steps else 0,
             }
-            same = [row for row in rows if settings.items() <= row.items()]
-            row = max(same, key=lambda row: len(row["returns"]), default=None)
+            row = next((row for row in rows if settings.items() <= row.items()), None)
             if row is None:
-                known = variety(agent, steps, own_states(), rollouts) if steps else 0.0
+                known = variety(agent, steps, states(), rollouts) if steps else 0.0
                 row = settings | {"variety": known, "returns": [], "plan_times": []}
                 rows.append(row)
             for episode in range(len(row["returns"]), arguments.episodes):
@@ -260,7 +284,7 @@ def main(argv: Sequence[str]) -> None:
                 if arguments.json:
                     evidence.write(arguments.json, rows, [__file__, *argv])
             shown.append(summarise(row, arguments.episodes))
-    if arguments.json and not arguments.json.exists():  # all was known
+    if arguments.json and read(arguments.json) != rows:  # some are known from elsewhere
         evidence.write(arguments.json, rows, [__file__, *argv])
     print(table(shown))
     if arguments.figure and importlib.util.find_spec("matplotlib"):

@@ -120,7 +120,10 @@ def test_an_interrupted_sweep_goes_on_where_it_was(script, monkeypatch, tmp_path
     assert len(calls) == 11
     assert [len(row["returns"]) for row in json.loads(other.read_text())["rows"]] == [3, 3, 3, 1]
     other.write_text('{"rows": [{"agent": "pendulum"}]}')
-    with pytest.raises(UsageError, match=r"other.json holds no results of this script"):
+    for words in (["--steps", "8x0"], ["--steps", "5000"], ["--episodes", "101"]):
+        with pytest.raises(UsageError, match=words[1].removeprefix("8x")):
+            sweep.main([*command, *words])
+    with pytest.raises(UsageError, match=r"other.json is not what the scripts write"):
         sweep.main(command)
 
 

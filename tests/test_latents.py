@@ -101,20 +101,30 @@ def test_the_heads_learn_what_training_lets_them_learn(refit, run, replay):
     original = refit.Replay(config)
     for number in checkpoint.replay_digests(checkpoint.latest(run)):
         example = Observation(vector=np.zeros(3, np.float32))
-        original.add(checkpoint.load_episode(run, number, example, config))
+        original.give(checkpoint.load_episode(run, number, example, config))
     batch = original.gather(drawn)
     world = DYNAMICS[config.model.dynamics]
     draws = {"dynamics": world.draw(jax.random.split(key), 16, config=config.model)}
     view = losses.look(params, params, batch, draws, config=config)
-    expected = sum(
-        term.loss(params, params, view, None, config=config)[0]
+    expected = (1 - config.learn.sigreg_weight) * sum(
+        term.weight(config) * term.loss(params, params, view, None, config=config)[0]
         for term in (reward.TERM, value.TERM)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_other_steps_than_the_agents_are_refused(refit, run):
-    with pytest.raises(UsageError, match="holds other steps"):
+def test_numbers_that_cannot_be_are_refused_at_once(refit, quality, run, tmp_path):
+    options = ["pendulum", "--data", str(run), "--out", str(tmp_path / "out")]
+    for words in ("--heads 1 --steps 3", "--heads -1", "--shortcut -5", ""):
+        with pytest.raises(UsageError, match=r"must be|nothing to learn"):
+            refit.main([*options, *words.split()])
+    for words in (["--steps", "0"], ["--batches", "0"]):
+        with pytest.raises(UsageError, match=r"must be|should be"):
+            quality.main(["pendulum", "--data", str(run), *words])
+
+
+def test_other_episodes_than_the_agents_are_refused(refit, run):
+    with pytest.raises(UsageError, match="holds no episodes of mountaincar"):
         refit.evidence.encoded(Agent.load("mountaincar"), [run], lambda numbers: numbers)
 
 

@@ -41,9 +41,16 @@ def write(path, name, rows):
 
 
 def score(agent, dynamics, steps, mean):
-    known = {"agent": agent, "dynamics": dynamics, "steps": steps, "mean": mean, "futures": 1}
+    known = {
+        "agent": agent,
+        "dynamics": dynamics,
+        "steps": steps,
+        "mean": mean,
+        "futures": 1,
+        "digest": "d",
+    }
     amounts = {"episodes": 20, "max_steps": 600, "pairs": 8, "rollouts": 100 if steps else 0}
-    amounts["returns"] = [mean - 10.0, mean + 10.0] * 10
+    amounts |= {"returns": [mean - 10.0, mean + 10.0] * 10, "plan_times": [24.0] * 20}
     return (
         known | amounts | {"standard_error": 10.0, "plan_ms": 24.0, "variety": 0.1 * (steps or 0)}
     )
@@ -145,7 +152,7 @@ def test_what_does_not_match_comes_first_and_nothing_else_is_said_not_to(script,
     assert "8 steps: 750 ± 10 (771, 775)" in first
     assert "h = 4: 0.55 ± 0.20 (1.95)" in first
     assert "8 steps: 0.021 ± 0.001 (0.040)" in first
-    assert "8 steps lower the score of carracing" in page
+    assert "carracing with 8 steps lower" in page
     assert "h = 3" not in first
     assert "Drift of values along plans.</b>" not in first
     assert first.count("<i>Why:</i>") == 3
