@@ -36,10 +36,12 @@ from valdi_jax.run.manifest import write_json
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BOX = ("carracing", "carracing-mlp")
-# The runs that the agents in the box are from; they went on after these were taken.
+# The runs that agents of ours are from; some went on after these were taken.
 CURVES = {
     "carracing": Path("experiments/curves/cpu-diffusion-averaged-0"),
     "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-0"),
+    "experiments/seeds/carracing-1": Path("experiments/curves/cpu-diffusion-averaged-1"),
+    "experiments/seeds/carracing-mlp-1": Path("experiments/curves/cpu-mlp-averaged-1"),
 }
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TIMES, REPORT = "times.json", "report.html"
