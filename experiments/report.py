@@ -207,7 +207,12 @@ def costs(results: Results) -> Iterator[str]:
         numbers = steps_sweep.difference(row, results.steps)
         if numbers is not None:
             found = number(numbers)
-            verdict = {1: "higher", -1: "lower", 0: "no different", None: "not known"}
+            verdict = {
+                1: "scores higher",
+                -1: "scores lower",
+                0: "is no different",
+                None: "is open",
+            }
             said = verdict[order(found, Number(0, 0))]
             yield f"{label(row['agent'])} with {way(row)} {said} ({found.text(0)})"
 

@@ -152,7 +152,7 @@ def test_what_does_not_match_comes_first_and_nothing_else_is_said_not_to(script,
     assert "8 steps: 750 ± 10 (771, 775)" in first
     assert "h = 4: 0.55 ± 0.20 (1.95)" in first
     assert "8 steps: 0.021 ± 0.001 (0.040)" in first
-    assert "carracing with 8 steps lower" in page
+    assert "carracing with 8 steps scores lower" in page
     assert "h = 3" not in first
     assert "Drift of values along plans.</b>" not in first
     assert first.count("<i>Why:</i>") == 3
