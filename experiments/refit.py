@@ -59,10 +59,9 @@ def at_level(dynamics: Params, level: int, timesteps: int) -> Params:
     return dynamics | {TABLE: table}
 
 
-def before_end(batch: Batch, config: Config) -> Array:
-    """Which chunks [B, H + 1] are no padding."""
-    terminals = jnp.asarray(batch.terminals)
-    return losses.before_end(terminals * (not config.learn.bootstrap_terminal))
+def ends(batch: Batch, config: Config) -> Array:
+    """Where episodes end [B, H + 1], unless training bootstraps through that."""
+    return jnp.asarray(batch.terminals) * (not config.learn.bootstrap_terminal)
 
 
 def shortcut_loss(
@@ -114,7 +113,7 @@ def shortcut_loss(
     own = velocity(teacher, noised, 0, start)
     target = jnp.where((level == FINEST)[:, None, None], own, joined)
     error = (velocity(params, noised, level, start) - jax.lax.stop_gradient(target)) ** 2
-    return masked_mean(error, before_end(batch, config)[:, : sizes.horizon, None])
+    return masked_mean(error, losses.before_end(ends(batch, config))[:, : sizes.horizon, None])
 
 
 def heads_loss(
@@ -130,9 +129,8 @@ def heads_loss(
     """Loss [] of the reward and value heads, with the targets of training."""
     learn, world = config.learn, DYNAMICS[config.model.dynamics]
     z, targets, actions = evidence.segments(batch, config)
-    valid, terminals = before_end(batch, config), jnp.asarray(batch.terminals)
-    if learn.bootstrap_terminal:
-        terminals = jnp.zeros_like(terminals)
+    terminals = ends(batch, config)
+    valid = losses.before_end(terminals)
     keys = jax.random.split(key)
     if steps:
         noise = jax.random.normal(keys[0], targets.shape)
