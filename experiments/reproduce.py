@@ -64,14 +64,15 @@ class Named(NamedTuple):
 class Sizes(NamedTuple):
     """Options of the scripts: an hour of one core, and 18 minutes a decoder."""
 
-    steps: str = "--episodes 20 --steps 1 2 4 8 8x2"
+    scores: str = "--episodes 20"
+    steps: Sequence[str] = ("2 4 8", "1 8x2")  # stages that take about the same time
     values: str = "--episodes 25 --states 5000"
     decoder: str = "--episodes 12 --validation 2 --epochs 12 --batch-size 8 --learning-rate 1e-3"
     futures: str = "--steps 1 2 4 8"
     plans: str = "--decisions 100"
 
 
-QUICK = Sizes(*["--quick"] * 5)
+QUICK = Sizes("--quick", ("1 2",), *["--quick"] * 4)
 
 
 class Stage(NamedTuple):
@@ -124,13 +125,16 @@ def stages(
     generative = next((each for each in agents if each.generative), None)
     if generative and not generative.decoder:
         add("decoder", "decoder.py", [generative.agent], sizes.decoder, {"--out": "decoder"})
-    scored = [f"scores-{each.label}" for each in agents]
-    for each, name in zip(agents, scored, strict=True):
-        files = {"--json": f"{name}.json"}
-        add(name, "steps_sweep.py", [each.agent], sizes.steps, files, keeps=["--json"])
+    scored = []
+    for each in agents:
+        for part, steps in enumerate(sizes.steps if each.generative else sizes.steps[:1], 1):
+            scored.append(f"scores-{each.label}-{part}")
+            options, files = f"{sizes.scores} --steps {steps}", {"--json": f"{scored[-1]}.json"}
+            add(scored[-1], "steps_sweep.py", [each.agent], options, files, keeps=["--json"])
     known = shlex.join(["--known", *[str(out / f"{name}.json") for name in scored]])
+    options = f"{sizes.scores} --steps {' '.join(sizes.steps)} {known}"
     files = {"--json": "steps.json", "--figure": "steps.png"}
-    add("steps", "steps_sweep.py", names, f"{sizes.steps} {known}", files, scored)
+    add("steps", "steps_sweep.py", names, options, files, scored)
     if generative:
         both = [generative.agent, str(generative.decoder or out / "decoder")]
         needs = [] if generative.decoder else ["decoder"]

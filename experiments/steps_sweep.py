@@ -230,9 +230,7 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("agents", nargs="+", metavar="AGENT")
-    parser.add_argument(
-        "--steps", type=way, nargs="+", default=[(1, 1), (2, 1), (4, 1), (8, 1)], metavar="N[xM]"
-    )
+    parser.add_argument("--steps", type=way, nargs="+", metavar="N[xM]", help="by default 1 2 4 8")
     parser.add_argument("--episodes", type=int, default=100, help="the first of the fixed ones")
     parser.add_argument("--json", type=Path, help="where results are kept")
     parser.add_argument(
@@ -240,19 +238,21 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--figure", type=Path)
     parser.add_argument(
-        "--quick", action="store_true", help="a trial: 1 and 2 steps, short episodes"
+        "--quick", action="store_true", help="a trial: short episodes, and by default 1 and 2 steps"
     )
     arguments = parser.parse_args(argv)
+    steps_by_default = (1, 2, 4, 8)
     pairs, rollouts = 8, 100
     if arguments.quick:
-        arguments.steps = [(1, 1), (2, 1)]
+        steps_by_default = (1, 2)
         arguments.episodes, pairs, rollouts = 2, 2, 20
+    ways = arguments.steps or [(steps, 1) for steps in steps_by_default]
     evaluation_seeds(arguments.episodes)  # raises
     agents = {name: evidence.load(name, "dynamics") for name in arguments.agents}
     for agent in agents.values():
         if arguments.quick:
             agent.config = agent.config.replace(env={"max_steps": 60})
-        for steps, futures in arguments.steps if generative(agent) else []:
+        for steps, futures in ways if generative(agent) else []:
             validate(with_steps(agent, steps, futures))
     own = [arguments.json] if arguments.json else []
     rows = merged([row for path in (*own, *arguments.known) for row in read(path)])
@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
     for name, agent in agents.items():
         states = functools.cache(functools.partial(evidence.states, agent, pairs))
         digest = evidence.identity(agent)
-        for steps, futures in arguments.steps if generative(agent) else [(None, 1)]:
+        for steps, futures in ways if generative(agent) else [(None, 1)]:
             settings = {
                 "agent": name,
                 "digest": digest,

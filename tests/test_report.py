@@ -444,6 +444,10 @@ def test_the_commands_of_all_stages_are_those_of_the_scripts(script, tmp_path, q
     stages = {s.name: s for s in reproduce.stages(tmp_path, agents, sizes, ["train-diffusion"])}
     assert all("train-diffusion" in stage.needs for stage in stages.values())
     assert stages["futures"].needs == ("train-diffusion", "decoder")
+    scores = [f"scores-diffusion-{part + 1}" for part in range(len(sizes.steps))]
+    assert stages["steps"].needs == ("train-diffusion", *scores, "scores-mlp-1")
+    for name in (*scores, "scores-mlp-1"):
+        assert f"{name}.json" in stages["steps"].command.partition("--known")[2]
     for name, module in (
         ("decoder", "decoder"),
         ("futures", "diverse_futures"),

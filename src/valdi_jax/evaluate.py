@@ -214,9 +214,10 @@ def main(argv: Sequence[str]) -> int:
             )
         numbers = summary([result.episode.episode_return for result in rollouts])
         error = numbers["standard_error"]
+        noise = "" if error is None else f"{error:.1f}"
         plan_ms = 1e3 * float(np.median(np.concatenate([r.plan_seconds for r in rollouts])))
         print(
-            f"{steps:>6}{numbers['mean']:>9.1f}{math.nan if error is None else error:>8.1f}"
+            f"{steps:>6}{numbers['mean']:>9.1f}{noise:>8}"
             f"{numbers['median']:>9.1f}{numbers['interquartile_mean']:>9.1f}{plan_ms:>9.1f}",
             flush=True,
         )
