@@ -39,7 +39,6 @@ from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.dynamics.base import masked_mean
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import reward, value
-from valdi_jax.losses.base import View
 from valdi_jax.networks.layers import apply
 from valdi_jax.networks.transformer import DiffusionTransformer
 from valdi_jax.run import agents
@@ -57,11 +56,6 @@ def at_level(dynamics: Params, level: int, timesteps: int) -> Params:
     """The world model of a shortcut's level: its own table of embeddings."""
     table = dynamics[TABLE][level * timesteps : (level + 1) * timesteps]
     return dynamics | {TABLE: table}
-
-
-def ends(batch: Batch, config: Config) -> Array:
-    """Where episodes end [B, H + 1], unless training bootstraps through that."""
-    return jnp.asarray(batch.terminals) * (not config.learn.bootstrap_terminal)
 
 
 def shortcut_loss(
@@ -112,8 +106,9 @@ def shortcut_loss(
     joined = (there - jnp.cos(turn) * noised) / jnp.sin(turn)
     own = velocity(teacher, noised, 0, start)
     target = jnp.where((level == FINEST)[:, None, None], own, joined)
+    within = losses.before_end(losses.ends(batch, config=config))[:, : sizes.horizon]
     error = (velocity(params, noised, level, start) - jax.lax.stop_gradient(target)) ** 2
-    return masked_mean(error, losses.before_end(ends(batch, config))[:, : sizes.horizon, None])
+    return masked_mean(error, within[:, :, None])
 
 
 def heads_loss(
@@ -129,29 +124,17 @@ def heads_loss(
     """Loss [] of the reward and value heads, with the targets of training."""
     learn, world = config.learn, DYNAMICS[config.model.dynamics]
     z, targets, actions = evidence.segments(batch, config)
-    terminals = ends(batch, config)
-    valid = losses.before_end(terminals)
     keys = jax.random.split(key)
     if steps:
         noise = jax.random.normal(keys[0], targets.shape)
         imagined = model.imagine(dynamics, z, actions, noise, config=config.model, steps=steps)
     else:
         draws = world.draw(keys, len(z), config=config.model)
-        within = valid[:, : config.model.horizon]
+        within = losses.before_end(losses.ends(batch, config=config))[:, : config.model.horizon]
         given = (z, actions, targets, within, draws)
         _, imagined = world.predict(dynamics, *given, config=config.model)
-    view = View(
-        z=z,
-        trajectory=jnp.concatenate([z[:, None], imagined], axis=1),
-        actions=jnp.asarray(batch.actions),
-        rewards=learn.reward_scale * jnp.asarray(batch.rewards),
-        terminals=terminals,
-        valid=valid,
-        scored=valid if learn.last_step else valid.at[:, -1].set(0),
-        targets=targets,
-        next_latents=jnp.asarray(batch.observations.vector)[:, 1:],
-        dynamics_loss=jnp.zeros(()),
-    )
+    following = jnp.asarray(batch.observations.vector)[:, 1:]
+    view = losses.view(batch, z, imagined, targets, following, jnp.zeros(()), config=config)
     total = jnp.zeros(())
     for term in (reward.TERM, value.TERM):
         share = (1 - learn.sigreg_weight) * term.weight(config)  # as the gradient's norm is clipped

@@ -102,6 +102,41 @@ def evaluate(
     )
 
 
+def ends(batch: Batch, *, config: Config) -> Array:
+    """Where training takes an episode to end [B, H + 1], within the chunk."""
+    # The reference bootstraps through terminal steps, as if episodes had no end.
+    none = config.learn.bootstrap_terminal
+    terminals = jnp.zeros_like(batch.terminals) if none else batch.terminals
+    return jnp.asarray(terminals)  # a batch may come from the host
+
+
+def view(
+    batch: Batch,
+    z: Array,
+    predicted: Array,
+    targets: Array,
+    next_latents: Array,
+    dynamics_loss: Array,
+    *,
+    config: Config,
+) -> View:
+    """What all terms share of a batch with its latents, shaped as in `View`."""
+    terminals = ends(batch, config=config)
+    valid = before_end(terminals)
+    return View(
+        z=z,
+        trajectory=jnp.concatenate([z[:, None], predicted], axis=1),
+        actions=jnp.asarray(batch.actions),
+        rewards=config.learn.reward_scale * jnp.asarray(batch.rewards),
+        terminals=terminals,
+        valid=valid,
+        scored=valid if config.learn.last_step else valid.at[:, -1].set(0),
+        targets=targets,
+        next_latents=next_latents,
+        dynamics_loss=dynamics_loss,
+    )
+
+
 def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config) -> View:
     """Encode a batch and predict its latents, for all terms; arguments as in `objective`.
 
@@ -117,10 +152,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         batch = augment.augment(batch, draws["augment"])
     first = jax.tree.map(lambda x: x[:, 0], batch.observations)
     following = jax.tree.map(lambda x: x[:, 1:], batch.observations)
-    # The reference bootstraps through terminal steps, as if episodes had no end.
-    terminals = jnp.zeros_like(batch.terminals) if learn.bootstrap_terminal else batch.terminals
-    terminals = jnp.asarray(terminals)  # a batch may come from the host
-    valid = before_end(terminals)
+    valid = before_end(ends(batch, config=config))
     z = model.encode(params, first, config=config)
 
     def encode_following(params: Params, steps: int) -> Array:
@@ -143,18 +175,7 @@ def look(params: Params, ema_params: Params, batch: Batch, draws: Draws, *, conf
         draws["dynamics"],
         config=config.model,
     )
-    return View(
-        z=z,
-        trajectory=jnp.concatenate([z[:, None], predicted], axis=1),
-        actions=jnp.asarray(batch.actions),
-        rewards=learn.reward_scale * jnp.asarray(batch.rewards),
-        terminals=terminals,
-        valid=valid,
-        scored=valid if learn.last_step else valid.at[:, -1].set(0),
-        targets=targets,
-        next_latents=next_latents,
-        dynamics_loss=dynamics_loss,
-    )
+    return view(batch, z, predicted, targets, next_latents, dynamics_loss, config=config)
 
 
 def draw(key: Array, batch_size: int, *, config: Config) -> Draws:
