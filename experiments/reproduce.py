@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
     """Options of the scripts: an hour of one core, and 18 minutes a decoder."""
 
     scores: str = "--episodes 20"
-    steps: Sequence[str] = ("2 4 8", "1 8x2")  # stages that take about the same time
+    steps: Sequence[str] = ("2 4 4x2 8", "1 8x2")  # stages that take about the same time
     values: str = "--episodes 25 --states 5000"
     decoder: str = "--episodes 12 --validation 2 --epochs 12 --batch-size 8 --learning-rate 1e-3"
     futures: str = "--steps 1 2 4 8"

@@ -246,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.quick:
         steps_by_default = (1, 2)
         arguments.episodes, pairs, rollouts = 2, 2, 20
-    ways = arguments.steps or [(steps, 1) for steps in steps_by_default]
+    ways = sorted(set(arguments.steps or [(steps, 1) for steps in steps_by_default]))
     evaluation_seeds(arguments.episodes)  # raises
     agents = {name: evidence.load(name, "dynamics") for name in arguments.agents}
     for agent in agents.values():
