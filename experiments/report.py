@@ -119,6 +119,8 @@ def read(where: Path) -> Results:
         return json.loads(path.read_text()) if path.exists() else {}
 
     steps = steps_sweep.read(where / "steps.json")
+    places = {agent: i for i, agent in enumerate(dict.fromkeys(row["agent"] for row in steps))}
+    steps.sort(key=lambda row: (places[row["agent"]], row["steps"] or 0, row["futures"]))
     _, futures, curves = (rows(f"{name}.json") for name in ("steps", "futures", "curves"))
     values = sorted(rows("values*.json"), key=lambda row: (row["dynamics"], row["agent"]))
     own = [found] if (found := record(where / "decoder/decoder.json")) else []

@@ -180,6 +180,16 @@ def test_statements_are_judged_by_the_noise(script, folder):
     assert said["More diffusion steps do not raise the score."] is None  # of one episode
 
 
+def test_rows_of_a_sweep_are_shown_by_agent_steps_and_futures(script, folder):
+    ways = [("b", 8, 2), ("a", 2, 1), ("b", 1, 1), ("b", 8, 1), ("a", 1, 1)]
+    rows = [score(agent, "diffusion", steps, 700) | {"futures": m} for agent, steps, m in ways]
+    write(folder / "steps.json", "steps_sweep.py", [*rows, score("c", "mlp", None, 700)])
+    shown = script("report").read(folder).steps
+    assert [(row["agent"], row["steps"], row["futures"]) for row in shown] == [
+        *[("b", 1, 1), ("b", 8, 1), ("b", 8, 2), ("a", 1, 1), ("a", 2, 1), ("c", None, 1)]
+    ]
+
+
 def test_short_episodes_are_not_compared_and_the_page_says_that_it_is_a_trial(script, folder):
     report = script("report")
     rows = [score("carracing", "diffusion", 1, 31) | {"max_steps": 60}]
