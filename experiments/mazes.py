@@ -15,6 +15,7 @@ Diffuser do not compare.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from valdi_jax.observation import Observation
 D4RL = {"umaze": (23.85, 161.86), "medium": (13.13, 277.39), "large": (6.7, 273.99)}
 TASKS = {"own goal": "", "drawn goal": "-multi"}
 RADIUS = 0.45  # within which the goal gives its reward of 1 a step
+PLANS = 20  # first plans of so many episodes are valued
 DRAWN = 6  # episodes in the figure
 QUICK = {"episodes": 2, "max_steps": 20}
 
@@ -55,7 +57,7 @@ class Way(NamedTuple):
 def run(
     agent: Agent, episodes: int, on_decision: Callable[[], None] = lambda: None
 ) -> tuple[list[float], list[Way]]:
-    """Drive the first of the fixed episodes: returns, and ways."""
+    """Drive the first of the fixed episodes: returns, and the ways of the first of these."""
     rollouts = evaluate(
         agent.params,
         agent.config,
@@ -64,7 +66,8 @@ def run(
         keep_observations=True,
     )
     ways = []
-    for rollout, job in zip(rollouts, evaluation_jobs(episodes), strict=True):
+    # One plan takes seconds, and what plans are worth hardly varies.
+    for rollout, job in zip(rollouts[:PLANS], evaluation_jobs(episodes)[:PLANS], strict=True):
         seen = rollout.episode.observations.vector
         first, start = Observation(vector=seen[:1]), (np.zeros(1, np.int32), np.float32(0))
         plan = plan_batch(
@@ -160,12 +163,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("agent", metavar="AGENT")
     parser.add_argument("--episodes", type=int, default=100, help="of the 100 fixed ones")
     parser.add_argument("--horizon", type=int, help="steps of a plan; the run's by default")
+    parser.add_argument(
+        "--replan",
+        type=float,
+        default=0.0,
+        help="distance from a plan that starts another; 0: none",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="results with what made them")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="plans over the maze (.png)")
     parser.add_argument("--quick", action="store_true", help="a trial of a minute")
     arguments = parser.parse_args(argv)
     if arguments.horizon is not None and arguments.horizon < 2:
         raise UsageError(f"--horizon is {arguments.horizon}; it must be above 1")
+    if not 0 <= arguments.replan < float("inf"):
+        raise UsageError(f"--replan is {arguments.replan}; it must be 0 or a distance")
     if arguments.quick:
         arguments.episodes = QUICK["episodes"]
     return arguments
@@ -182,7 +193,10 @@ def main(argv: Sequence[str]) -> int:
     if given.config.planner.diffuser.controller != "waypoints":
         raise UsageError(f"{arguments.agent} is no Diffuser that follows its plans by waypoints")
     steps, horizon = MAZES[layout][2], arguments.horizon or given.config.model.horizon + 1
-    config = given.config.replace(env={"max_steps": steps}, model={"horizon": horizon - 1})
+    settings = dataclasses.replace(given.config.planner.diffuser, replan_distance=arguments.replan)
+    config = given.config.replace(
+        env={"max_steps": steps}, model={"horizon": horizon - 1}, planner={"diffuser": settings}
+    )
     validate(config)
     steps = QUICK["max_steps"] if arguments.quick else steps
     jobs, rows, ways = evaluation_jobs(arguments.episodes), [], {}
@@ -201,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
                 "random": drive(agent, random, jobs),
             }
             for row in rows_of(layout, task, found):
-                rows.append({"horizon": horizon} | row)
+                rows.append({"horizon": horizon, "replan_distance": arguments.replan} | row)
                 bar.console.print(line(row), highlight=False)
             if arguments.json:
                 evidence.write(arguments.json, rows, [__file__, *argv])

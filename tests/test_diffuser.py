@@ -1,5 +1,7 @@
 """Diffuser's planner."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,31 @@ def test_both_ends_of_a_plan_are_pinned_and_its_states_followed():
     assert int(second.carry.step) == 2
     toward = waypoint_actions(rows[:, 2:], moved.vector[:4], 1 + jnp.arange(7))
     np.testing.assert_allclose(second.actions, np.clip(toward, -1, 1), atol=1e-6)
+
+
+def test_a_plan_that_is_left_behind_is_sampled_anew():
+    near = 0.2
+    config = MAZE.replace(
+        planner={"diffuser": dataclasses.replace(MAZE.planner.diffuser, replan_distance=near)}
+    )
+    params = init_params(jax.random.key(0), EXAMPLE, config=config)
+    first = plan(params, EXAMPLE, jax.random.key(1), config=config)
+    rows = first.carry.rows
+
+    def then(offset):
+        vector = jnp.zeros(6).at[:2].set(rows[1, 2:4] + jnp.array([offset, 0.0]))
+        return plan(
+            params, Observation(vector=vector), jax.random.key(2), config=config, carry=first.carry
+        ).carry
+
+    kept, left = then(0.9 * near), then(1.1 * near)
+    np.testing.assert_array_equal(kept.rows, rows)
+    assert int(kept.step) == 2
+    # The other begins where it is.
+    np.testing.assert_allclose(
+        left.rows[0, 2:4], rows[1, 2:4] + jnp.array([1.1 * near, 0]), atol=1e-6
+    )
+    assert int(left.step) == 1
 
 
 def test_environments_of_a_batch_keep_their_own_plans():

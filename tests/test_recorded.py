@@ -394,6 +394,11 @@ def test_observations_may_be_a_list_of_dicts():
             EPISODES,
             "not 1 numbers for 3",
         ),
+        (
+            DIFFUSER.replace(planner={"diffuser": DiffuserConfig(replan_distance=0.5)}),
+            EPISODES,
+            "replan-distance needs .*waypoints",
+        ),
     ],
 )
 def test_data_that_cannot_be_learnt_from_are_refused(tmp_path, config, data, complaint):

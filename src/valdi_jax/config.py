@@ -269,6 +269,9 @@ class DiffuserConfig:
     controller: Literal["actions", "waypoints"] = "actions"
     """diffuser: take the plan's actions, planning anew each step; or plan once an episode and
     follow its states, of which the first half are positions and the rest their velocities."""
+    replan_distance: Weight = 0.0
+    """waypoints: plan anew where a position is farther than this from the planned one, in its own
+    units; 0 never does, as the authors."""
 
 
 @_section("planner")
@@ -805,6 +808,11 @@ def _validate_plans(config: Config) -> None:
             raise UsageError(
                 "--planner.diffuser.warm-start is for plans that are made anew: waypoints keep one"
             )
+    elif config.planner.diffuser.replan_distance:
+        raise UsageError(
+            "--planner.diffuser.replan-distance needs --planner.diffuser.controller waypoints: "
+            "actions are planned anew each step"
+        )
     if unet.width % 8:
         raise UsageError(f"--model.unet.width is {unet.width}; it must be a multiple of 8")
     last = unet.width * unet.multipliers[-1]

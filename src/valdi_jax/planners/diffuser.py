@@ -37,7 +37,8 @@ def plan(
 ) -> Plan:
     """The best of N sampled plans by their value, or the first without a network plan_value.
 
-    With waypoints, the plan of an episode's first step stays, and a controller follows its states.
+    With waypoints, the plan of an episode's first step stays, and a controller follows its states;
+    with a replan_distance, until they are left behind.
     """
     assert obs.vector is not None
     sample_key, explore_key = jax.random.split(key)
@@ -45,12 +46,18 @@ def plan(
     settings = config.planner.diffuser
     sample = functools.partial(_sample, rows=None, config=config)
     if settings.controller == "waypoints":
+        needed = carry.step == 0
+        if settings.replan_distance:
+            off = distance(carry.rows[:, size:], obs.vector[:state], carry.step)
+            needed |= off > settings.replan_distance
         rows, value = once(sample)(
-            carry.step == 0, (carry.rows, carry.value), params, obs.vector, sample_key
+            needed, (carry.rows, carry.value), params, obs.vector, sample_key
         )
-        steps = carry.step + jnp.arange(config.model.horizon)
-        actions = waypoint_actions(rows[:, size:], obs.vector[:state], steps)
-        carry = Carry(carry.step + 1, rows, value)
+        step = jnp.where(needed, 0, carry.step)
+        actions = waypoint_actions(
+            rows[:, size:], obs.vector[:state], step + jnp.arange(config.model.horizon)
+        )
+        carry = Carry(step + 1, rows, value)
     elif settings.warm_start:
         warm = _sample(params, obs.vector, sample_key, rows=follow(carry.rows, 1), config=config)
         rows, value = once(sample)(carry.step == 0, warm, params, obs.vector, sample_key)
@@ -111,6 +118,19 @@ def _sample(
     actions = unscale(scalers["actions"], plans[best, :, :size], kind=kind)
     states_then = unscale(scalers["states"], plans[best, :, size:], kind=kind)
     return jnp.concatenate([actions, states_then], axis=-1), values[best]
+
+
+def distance(planned: Array, state: Array, step: Array) -> Array:
+    """Of the position [] in a state [S] from the one that was planned for a step [].
+
+    Args:
+        planned: [H + 1, S], as `waypoint_actions` takes it.
+        state: [S], the present one.
+        step: [] int32 from the plan's start; beyond its end the last position counts.
+    """
+    half = planned.shape[-1] // 2
+    there = planned[jnp.minimum(step, len(planned) - 1)]
+    return jnp.linalg.norm(state[:half] - there[:half])
 
 
 def waypoint_actions(planned: Array, state: Array, steps: Array) -> Array:
