@@ -4,8 +4,9 @@ python experiments/mazes.py AGENT --episodes 100 --json mazes.json --figure maze
 
 AGENT is a run, a checkpoint or an exported agent of maze:umaze, medium or large. It drives the same
 fixed episodes with the task's own goal, and with a drawn one, which no training has seen as a task.
-The figure shows its plans (coloured) and where it went (black). "Its plans" would be the returns if
-it went exactly there: a plan takes its whole horizon, however near the goal is.
+The figure shows its first plans (coloured) and where it went (black). "Its plans" would be the
+returns if it went exactly there: a plan takes its whole horizon, however near the goal is. Shorter
+ones (--horizon) may lead through walls: with --replan, a point that has left its plan gets another.
 
 Scores are normalised twice: with D4RL's references, and with 0 for the random actions and 100 for
 the controller of these episodes. D4RL's environments are others: the scores that are published for

@@ -238,6 +238,18 @@ def test_the_bundled_agents_are_intact_and_small():
     assert size < 20e6
 
 
+def test_their_card_is_of_the_agents_that_are_there():
+    lines = (agents._PACKAGED / "README.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    assert rows.keys() == set(agents.packaged())
+    for name, row in rows.items():
+        record = json.loads((agents._PACKAGED / name / "config.json").read_text())["trained"]
+        assert f"| {record['episodes']} |" in row
+        if "score" in record:
+            mean, error = (float(part.split()[0]) for part in record["score"].split("+-"))
+            assert f"| {mean:.0f} ± {error:.0f}, " in row
+
+
 def test_an_exported_agent_acts_like_its_run(tmp_path):
     config = PRESETS["tiny"]
     example = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))

@@ -37,8 +37,8 @@ def plan(
 ) -> Plan:
     """The best of N sampled plans by their value, or the first without a network plan_value.
 
-    With waypoints, the plan of an episode's first step stays, and a controller follows its states;
-    with a replan_distance, until they are left behind.
+    With waypoints, the plan of an episode's first step stays, and a controller follows its states.
+    With a replan_distance, another plan is made where the position has left it.
     """
     assert obs.vector is not None
     sample_key, explore_key = jax.random.split(key)
@@ -48,7 +48,7 @@ def plan(
     if settings.controller == "waypoints":
         needed = carry.step == 0
         if settings.replan_distance:
-            off = distance(carry.rows[:, size:], obs.vector[:state], carry.step)
+            off = deviation(carry.rows[:, size:], obs.vector[:state], carry.step)
             needed |= off > settings.replan_distance
         rows, value = once(sample)(
             needed, (carry.rows, carry.value), params, obs.vector, sample_key
@@ -120,8 +120,8 @@ def _sample(
     return jnp.concatenate([actions, states_then], axis=-1), values[best]
 
 
-def distance(planned: Array, state: Array, step: Array) -> Array:
-    """Of the position [] in a state [S] from the one that was planned for a step [].
+def deviation(planned: Array, state: Array, step: Array) -> Array:
+    """Distance [] between the position in a state [S] and the one planned for a step [].
 
     Args:
         planned: [H + 1, S], as `waypoint_actions` takes it.
