@@ -149,6 +149,12 @@ def test_a_store_needs_a_limit_on_episodes(tmp_path):
         learner.add(random_episode(0, length=31))
 
 
+def test_a_store_of_recorded_episodes_alone_is_as_long_as_the_longest():
+    config = DEVICE.replace(env={"max_steps": 0}, collect={"source": "data"})
+    assert place(EXAMPLE, config, [5, 7]) == "device"
+    assert store_shapes(EXAMPLE, config, [5, 7]).rewards.shape == (2, 7)
+
+
 def test_an_automatic_store_gives_way_to_longer_episodes(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_module, "place", lambda example, config, recorded: "device")
     said = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,24 +27,24 @@ class Store(struct.PyTreeNode):
     rewards: Array | np.ndarray  # [E, L]
 
 
-def store_shapes(example: Observation, config: Config, recorded: int = 0) -> Store:
+def store_shapes(example: Observation, config: Config, recorded: Sequence[int] = ()) -> Store:
     """Shapes and dtypes of a run's store.
 
     Args:
         example: one observation without a batch axis.
         config: the run's configuration.
-        recorded: number of recorded episodes.
+        recorded: steps of each recorded episode.
 
     Raises:
         UsageError: if its episodes have no known limit.
     """
-    length = config.episode_steps
-    if not length:
+    if config.ring_slots and not config.episode_steps:
         raise UsageError(
             "--replay.placement device has to know how long an episode can be: give "
             "--env.max-steps, or --replay.placement host"
         )
-    slots = config.ring_slots + recorded
+    length = max((config.episode_steps if config.ring_slots else 0, *recorded))
+    slots = config.ring_slots + len(recorded)
     frames = -(-length // config.frame_stride) + 1
     shape: Any = jax.ShapeDtypeStruct  # Any: it stands for the array of that shape
     return Store(

@@ -92,10 +92,11 @@ class Learner:
             self.state = jax.device_put(state, jax.local_devices()[0])
         else:
             self.state = replicate(state, whole)
-        self.placement = place(example, config, len(recorded))
+        lengths = [len(episode) for episode in recorded]
+        self.placement = place(example, config, lengths)
         self._store: Store | None = None
         if self.placement == "device":
-            shapes = store_shapes(example, config, len(recorded))
+            shapes = store_shapes(example, config, lengths)
             self._store = jax.jit(
                 lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
                 out_shardings=whole,
@@ -378,8 +379,10 @@ def sharing(config: Config) -> int:
     return max((n for n in divisors if config.learn.batch_size % n == 0), default=processes)
 
 
-def place(example: Observation, config: Config, recorded: int = 0) -> str:
-    """Where a run's segments, of so many recorded episodes too, are gathered: device or host.
+def place(example: Observation, config: Config, recorded: Sequence[int] = ()) -> str:
+    """Where a run's segments, of recorded episodes of these lengths too, are gathered.
+
+    Returns: ``"device"`` or ``"host"``.
 
     Raises:
         UsageError: if the device is requested, and the episodes have no known limit or several
@@ -393,7 +396,7 @@ def place(example: Observation, config: Config, recorded: int = 0) -> str:
             )
         return "host"
     if asked == "device":
-        store_shapes(example, config)  # raises
+        store_shapes(example, config, recorded)  # raises
     if asked != "auto":
         return asked
     if jax.default_backend() == "cpu":  # where a loop only slows updates down
