@@ -39,9 +39,9 @@ BOX = ("carracing", "carracing-mlp")
 # The runs that agents of ours are from; some went on after these were taken.
 CURVES = {
     "carracing": Path("experiments/curves/cpu-diffusion-averaged-0"),
-    "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-0"),
+    "carracing-mlp": Path("experiments/curves/cpu-mlp-averaged-1"),
     "experiments/seeds/carracing-1": Path("experiments/curves/cpu-diffusion-averaged-1"),
-    "experiments/seeds/carracing-mlp-1": Path("experiments/curves/cpu-mlp-averaged-1"),
+    "experiments/seeds/carracing-mlp-0": Path("experiments/curves/cpu-mlp-averaged-0"),
 }
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TIMES, REPORT = "times.json", "report.html"
