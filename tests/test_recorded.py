@@ -417,7 +417,7 @@ def test_recorded_and_own_episodes_are_gathered_alike_on_host_and_device():
     config = CONFIG.replace(replay={"capacity": 2}, collect={"episodes": 3})
     given = to_episodes([recorded(seed=100 + seed) for seed in range(3)], interface(), config)
     own = to_episodes([recorded(seed=seed) for seed in range(3)], interface(), config)
-    store = store_shapes(interface().example, config, recorded=3)
+    store = store_shapes(interface().example, config, recorded=[len(each) for each in given])
     store = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), store)
     replay = Replay(config)
     for add, episodes in ((replay.give, given), (replay.add, own)):
