@@ -32,6 +32,7 @@ from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import summary
 from valdi_jax.presets import default_config
+from valdi_jax.run.manifest import check_writable
 
 WIDTH, BATCH, LEARNING_RATE = 256, 256, 3e-4
 PER_CALL = 500  # updates in a compiled call
@@ -67,8 +68,9 @@ def clone(episodes: Sequence[Episode], updates: int, seed: int) -> Act:
     def learn(state: tuple[Any, Any], keys: jax.Array) -> tuple[Any, Any]:
         return jax.lax.scan(step, state, keys)[0]
 
-    keys = jax.random.split(jax.random.key(seed), updates)
-    params = net.init(keys[0], inputs[:1])
+    first, rest = jax.random.split(jax.random.key(seed))
+    keys = jax.random.split(rest, updates)
+    params = net.init(first, inputs[:1])
     state = params, optimizer.init(params)
     for start in range(0, updates, PER_CALL):
         state = learn(state, keys[start : start + PER_CALL])
@@ -98,6 +100,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     arguments = parser.parse_args(argv)
+    if arguments.updates < 1:
+        raise UsageError(f"--updates is {arguments.updates}; it must be above 0")
+    if arguments.json:
+        check_writable(arguments.json)
     seeds = evaluation_seeds(arguments.episodes)
     name = arguments.env or environment_of(arguments.data)
     if name is None:

@@ -247,7 +247,8 @@ def test_their_card_is_of_the_agents_that_are_there():
         assert f"| {record['episodes']} |" in row
         if "score" in record:
             mean, error = (float(part.split()[0]) for part in record["score"].split("+-"))
-            assert f"| {mean:.0f} ± {error:.0f}, " in row
+            digits = 0 if error >= 1 else 1
+            assert f"| {mean:.{digits}f} ± {error:.{digits}f}, " in row
 
 
 def test_an_exported_agent_acts_like_its_run(tmp_path):
