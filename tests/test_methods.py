@@ -109,11 +109,23 @@ def test_a_method_keeps_the_task_of_an_environment(method, env):
     assert config.learn.bootstrap_terminal == own.learn.bootstrap_terminal
 
 
-def test_mbdpo_takes_images_and_tdmpc2_says_that_it_does_not():
-    image = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(9, np.float32))
-    learner.check(image, default_config("carracing", "mbdpo"))
-    with pytest.raises(UsageError, match="simplex takes vector observations"):
-        learner.check(image, default_config("carracing", "tdmpc2"))
+@pytest.mark.parametrize("method", ["mbdpo", "tdmpc2"])
+def test_methods_take_images_with_and_without_a_vector(method):
+    config = default_config("carracing", method)
+    sizes = dataclasses.replace(config.model, state_dim=9, action_dim=3)
+    config = dataclasses.replace(config, model=sizes)
+    image = np.random.default_rng(0).integers(0, 255, (2, 3, 48, 48, 9), np.uint8)
+    for vector in (None, np.ones((2, 3, 9), np.float32)):
+        observation = Observation(image=image, vector=vector)
+        example = jax.tree.map(lambda x: x[0, 0], observation)
+        learner.check(example, config)
+        params = model.init_params(jax.random.key(0), example, config=config)
+        latents = model.encode(params, observation, config=config)
+        assert latents.shape == (2, 3, config.model.latent_dim)
+        other = model.encode(params, Observation(image[::-1], vector), config=config)
+        assert not np.allclose(latents, other)
+        if method == "tdmpc2":
+            np.testing.assert_allclose(latents.reshape(2, 3, -1, 8).sum(-1), 1, rtol=1e-5)
 
 
 def checked(config):

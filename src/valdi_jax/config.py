@@ -137,8 +137,7 @@ class ModelConfig:
     """World model: diffusion (the paper's transformer), flow (the same, as a rectified flow), mlp
     (the deterministic one-step baseline) or simplex (TD-MPC2's, with --model.encoder simplex)."""
     encoder: Literal["paper", "simplex"] = "paper"
-    """Encoder: the paper's, or simplex (TD-MPC2's for vector observations, whose latents lie on
-    simplices)."""
+    """Encoder: the paper's, or simplex (TD-MPC2's, whose latents lie on simplices)."""
     networks: tuple[str, ...] = ()
     """Additional networks, besides encoder, dynamics, reward and value: policy (a Gaussian prior of
     action chunks), energy (MBDPO's), q (critics of latent and chunk, in place of the value) and

@@ -48,6 +48,19 @@ def _standardize(image: Array) -> Array:
     return (x - on_last_axis(mean, image)) / on_last_axis(std, image)
 
 
+def image_features(image: Array, config: ModelConfig) -> Array:
+    """Convolve images, uint8 [..., height, width, channels] -> [..., features].
+
+    Called in a module, which then holds the convolutions.
+    """
+    x = _standardize(image.reshape((-1, *image.shape[-3:])))
+    shapes = convolutions(*x.shape[1:3])
+    channels = layer_channels(config, len(shapes))
+    for i, (features, shape) in enumerate(zip(channels, shapes, strict=True)):
+        x = gelu(Conv(features, *shape, name=f"conv_{i}")(x))
+    return x.reshape((*image.shape[:-3], -1))
+
+
 class Encoder(nn.Module):
     """Observation ``[..., ]`` -> latent ``[..., D]``; both modalities share the leading axes."""
 
@@ -58,13 +71,7 @@ class Encoder(nn.Module):
         config = self.config
         embeddings = []
         if observation.image is not None:
-            lead = observation.image.shape[:-3]
-            x = _standardize(observation.image.reshape((-1, *observation.image.shape[-3:])))
-            shapes = convolutions(*x.shape[1:3])
-            channels = layer_channels(config, len(shapes))
-            for i, (features, shape) in enumerate(zip(channels, shapes, strict=True)):
-                x = gelu(Conv(features, *shape, name=f"conv_{i}")(x))
-            x = x.reshape((*lead, -1))
+            x = image_features(observation.image, config)
             embeddings.append(Linear(config.encoder_width, name="image_embedding")(x))
         if observation.vector is not None:
             widths = (config.encoder_width, config.encoder_width)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
+from valdi_jax.networks.encoder import image_features
 from valdi_jax.networks.layers import layer_norm
 from valdi_jax.observation import Observation
 from valdi_jax.types import Array
@@ -57,18 +58,26 @@ class NormedMLP(nn.Module):
 
 
 class SimplexEncoder(nn.Module):
-    """Vector observation [..., size] -> latent [..., D] on simplices."""
+    """Observation ``[..., ]`` -> latent ``[..., D]`` on simplices.
+
+    TD-MPC2's for vectors; images pass the convolutions of the paper's encoder, not TD-MPC2's.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, observation: Observation) -> Array:
-        x = observation.vector
-        if x is None:
-            raise ValueError("--model.encoder simplex takes vector observations, without an image")
-        x = x.astype(jnp.float32)
-        for i in range(max(self.config.encoder_depth - 1, 1)):
-            x = NormedLinear(self.config.encoder_width, name=f"block_{i}")(x)
+        width = self.config.encoder_width
+        embeddings = []
+        if observation.image is not None:
+            x = image_features(observation.image, self.config)
+            embeddings.append(NormedLinear(width, name="image_embedding")(x))
+        if observation.vector is not None:
+            x = observation.vector.astype(jnp.float32)
+            for i in range(max(self.config.encoder_depth - 1, 1)):
+                x = NormedLinear(width, name=f"block_{i}")(x)
+            embeddings.append(x)
+        x = jnp.concatenate(embeddings, axis=-1)
         return NormedLinear(self.config.latent_dim, simplex=True, name="outputs")(x)
 
 

@@ -355,8 +355,6 @@ def check(example: Observation, config: Config) -> None:
         UsageError: as `Learner`, or if the configuration holds an unknown name.
     """
     check_names(config)
-    if config.model.encoder == "simplex" and example.image is not None:
-        raise UsageError("--model.encoder simplex takes vector observations; these have an image")
     goal = config.model.prior.goal
     if goal and (example.image is not None or example.vector.shape[-1] < 2 * goal):
         raise UsageError(
