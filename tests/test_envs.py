@@ -452,7 +452,7 @@ def test_a_task_of_the_control_suite_is_made_by_its_name():
 
 def test_a_task_of_the_control_suite_is_seen_in_pixels():
     pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
-    config = EnvConfig(name="dmc:cartpole-swingup", max_steps=20, pixels=64)
+    config = EnvConfig(name="dmc:cartpole-swingup", max_steps=20, action_repeat=2, pixels=64)
     try:
         env = make_env(config, training=True)
         observation, _ = env.reset(seed=0)
@@ -464,7 +464,7 @@ def test_a_task_of_the_control_suite_is_seen_in_pixels():
     assert image.std() > 5
     observation, *_ = env.step(np.ones(1))
     later = interface.observe(observation).image
-    np.testing.assert_array_equal(later[..., :6], image[..., 3:])
+    np.testing.assert_array_equal(later[..., :6], image[..., 3:], "of successive decisions")
     assert np.any(later[..., 6:] != image[..., 6:])
 
 

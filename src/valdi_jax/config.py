@@ -95,7 +95,7 @@ class EnvConfig:
     """DeepMind Control: side of the images to observe instead of the states, such as 64; 0 for the
     states."""
     frames: Count = 3
-    """DeepMind Control from pixels: successive images in an observation."""
+    """DeepMind Control from pixels: images in an observation, of successive decisions."""
 
 
 @_section("model.unet")

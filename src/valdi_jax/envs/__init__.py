@@ -44,16 +44,18 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
             through_terminals=not training,
             render_mode=render_mode,
         )
-    if config.name in _NAMED:
-        env = _NAMED[config.name](max_steps=config.max_steps, render_mode=render_mode)
-    elif config.name.startswith("dmc:"):
-        env = make_dmc(
+    if config.name.startswith("dmc:"):
+        return make_dmc(
             config.name.removeprefix("dmc:"),
             max_steps=config.max_steps,
+            action_repeat=config.action_repeat,
+            patience=patience,
             pixels=config.pixels,
             frames=config.frames,
             render_mode=render_mode,
         )
+    if config.name in _NAMED:
+        env = _NAMED[config.name](max_steps=config.max_steps, render_mode=render_mode)
     elif config.name.startswith("maze:"):
         name = config.name.removeprefix("maze:")
         env = make_maze(name, max_steps=config.max_steps, render_mode=render_mode)

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from valdi_jax.envs.wrappers import paced
 from valdi_jax.errors import UsageError
 
 _STEPS = 1000  # of every episode of the suite
@@ -18,15 +19,24 @@ _VIDEO_SIDE = 480
 
 
 def make_dmc(
-    name: str, *, max_steps: int = 0, pixels: int = 0, frames: int = 3, render_mode: str | None
+    name: str,
+    *,
+    max_steps: int = 0,
+    action_repeat: int = 1,
+    patience: int = 0,
+    pixels: int = 0,
+    frames: int = 3,
+    render_mode: str | None,
 ) -> gym.Env:
     """Make a task of the suite.
 
     Args:
         name: domain and task, as in ``cheetah-run`` or ``cartpole-swingup_sparse``.
         max_steps: environment steps after which an episode is truncated; 0 for the suite's 1000.
+        action_repeat: environment steps of one decision.
+        patience: decisions without reward after which an episode is truncated; 0 for none.
         pixels: side of the images that are observed instead of the states; 0 for states.
-        frames: how many successive images make an observation.
+        frames: how many images, of successive decisions, make an observation.
         render_mode: ``"rgb_array"`` for videos.
 
     Raises:
@@ -62,7 +72,8 @@ def make_dmc(
     )
     env.metadata["render_fps"] = round(1 / env.get_wrapper_attr("dt"))
     env = gym.wrappers.TimeLimit(env, max_steps or _STEPS)
-    if pixels:
+    env = paced(env, action_repeat=action_repeat, patience=patience)
+    if pixels:  # after the hold: within it hardly anything moves, and velocities could not be seen
         env = gym.wrappers.AddRenderObservation(env, render_only=True)
         env = gym.wrappers.FrameStackObservation(env, frames)
     return env
