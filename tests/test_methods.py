@@ -128,6 +128,19 @@ def test_methods_take_images_with_and_without_a_vector(method):
             np.testing.assert_allclose(latents.reshape(2, 3, -1, 8).sum(-1), 1, rtol=1e-5)
 
 
+def test_an_untrained_simplex_encoder_tells_images_apart_that_differ_in_few_pixels():
+    """Else its own dynamics' loss makes all latents equal, and the agent learns nothing."""
+    config = default_config("dmc:cartpole-swingup", "tdmpc2")
+    images = np.full((16, 64, 64, 9), 90, np.uint8)
+    for i, image in enumerate(images):
+        image[30:34, 4 * i : 4 * i + 4] = 200
+    observation = Observation(image=images, vector=None)
+    example = jax.tree.map(lambda x: x[0], observation)
+    params = model.init_params(jax.random.key(0), example, config=config)
+    latents = model.encode(params, observation, config=config)
+    assert latents.std(0).mean() > 0.05 * latents.std(1).mean()
+
+
 def checked(config):
     validate(config)
     learner.check_names(config)

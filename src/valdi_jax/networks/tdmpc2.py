@@ -70,7 +70,9 @@ class SimplexEncoder(nn.Module):
         width = self.config.encoder_width
         embeddings = []
         if observation.image is not None:
-            x = image_features(observation.image, self.config)
+            # The paper's biases hide what differs between images; SIGReg undoes that, and SimNorm
+            # does not: the latents stay equal.
+            x = image_features(observation.image, self.config, zero_bias=True)
             embeddings.append(NormedLinear(width, name="image_embedding")(x))
         if observation.vector is not None:
             x = observation.vector.astype(jnp.float32)
