@@ -148,7 +148,9 @@ def table(results: list[dict], kinds: list[str]) -> str:
         for kind in kinds:
             (r,) = [r for r in results if (r["task"], r["planner"]) == (task, kind)]
             digits = 2 if abs(r["mean"]) < 10 else 0
-            cell = f"{r['mean']:.{digits}f} ± {r['error']:.{digits}f}"
+            cell = f"{r['mean']:.{digits}f}"
+            if r["error"] is not None:  # of more than one episode
+                cell += f" ± {r['error']:.{digits}f}"
             cells.append(cell + (f" ({r['plan_ms']:.0f})" if "plan_ms" in r else ""))
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
