@@ -46,7 +46,7 @@ def test_every_environment_has_a_preset_that_suits_it():
     for name, config in PRESETS.items():
         validate(config)
         vector = name not in ("paper", "cpu", "tiny")
-        own = name == "tdmpc2" or config.diffuses_plans  # they normalise by themselves, or not
+        own = "tdmpc2" in name or config.diffuses_plans  # they normalise by themselves, or not
         assert config.model.normalize == (vector and not own)
         assert config.learn.bootstrap_terminal != vector
 
@@ -73,13 +73,22 @@ def test_a_mazes_own_settings_are_diffusers_alone():
     maze = default_config("maze:medium-multi", None)
     assert (maze.env.name, maze.model.horizon) == ("maze:medium-multi", 255)
     assert default_config("maze:medium-multi", "diffuser") == maze
-    for method in ("mbdpo", "tdmpc2"):
+    for method in ("mbdpo", "tdmpc2", "mbdpo-tdmpc2"):
         config = default_config("maze:umaze", method)
         validate(config)
         assert config.env.name == "maze:umaze"
         assert config.collect.source == "environment"
         assert config.learn.act == "params"
     assert default_config("maze:umaze", "gym").model.normalize
+
+
+def test_the_authors_mbdpo_is_tdmpc2_with_another_search_and_an_energy():
+    theirs, base = (default_config("pendulum", name) for name in ("mbdpo-tdmpc2", "tdmpc2"))
+    energy = {"networks": ("q", "policy", "energy")}
+    assert theirs.model == dataclasses.replace(base.model, **energy)
+    assert (theirs.planner.kind, theirs.planner.answer) == ("mbdpo", "mean")
+    assert set(theirs.learn.terms) == {*base.learn.terms, "energy"}
+    assert (theirs.env, theirs.collect) == (base.env, base.collect)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

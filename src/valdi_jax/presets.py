@@ -126,7 +126,7 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         # Untrained heads score all sequences alike: the first episodes explore by noise alone.
         "collect": {"seed_noise": 1.0},
     },
-    # The authors' values for locomotion; on recorded data.
+    # Diffuser's authors' values for locomotion; on recorded data.
     "diffuser": {
         "model": {
             "networks": ("unet", "plan_value"),
@@ -152,6 +152,17 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "replay": {"sampling": "step"},
         "eval": {"every": 50},
     },
+}
+
+_TDMPC2 = _METHODS["tdmpc2"]
+
+# As MBDPO's authors have it: its search and its energy on TD-MPC2's world model and critics.
+_METHODS["mbdpo-tdmpc2"] = {
+    "model": _TDMPC2["model"] | {"networks": ("q", "policy", "energy")},
+    "planner": _TDMPC2["planner"]
+    | {"kind": "mbdpo", "answer": "mean", "mbdpo": MBDPOConfig(steps=8)},
+    "learn": _TDMPC2["learn"] | {"terms": ("dynamics", "reward", "q", "energy", "policy")},
+    "collect": _TDMPC2["collect"],
 }
 
 PRESETS: dict[str, Config] = {

@@ -35,10 +35,9 @@ class Arguments:
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in an hour
     of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
-    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo, tdmpc2 and
-    diffuser are other methods, on any environment (the latter two: of vectors; diffuser learns from
-    recorded data, --data). By default the environment's own: paper
-    for carracing."""
+    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo, tdmpc2,
+    mbdpo-tdmpc2 and diffuser are other methods, on any environment (diffuser: of vectors, from
+    recorded data, --data). By default the environment's own: paper for carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the run; by default a new one under runs/."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
