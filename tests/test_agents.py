@@ -21,7 +21,7 @@ from valdi_jax.data.source import Progress
 from valdi_jax.envs import interface_of, make_env
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
-from valdi_jax.presets import PRESETS
+from valdi_jax.presets import PRESETS, default_config
 from valdi_jax.run import agents, checkpoint, manifest
 from valdi_jax.train import parse_arguments, train
 from valdi_jax.updates import init_state
@@ -222,7 +222,10 @@ def test_init_from_brings_its_settings_unless_a_preset_is_given(run):
     arguments = parse_arguments(["--init-from", str(run), "--seed", "3"])
     assert arguments.config == dataclasses.replace(NORMALIZED, seed=3)
     arguments = parse_arguments(["--init-from", str(run), "--preset", "cpu"])
-    assert arguments.config == PRESETS["cpu"]
+    assert arguments.config == default_config("toy", "cpu")
+    assert arguments.config.planner == PRESETS["cpu"].planner
+    arguments = parse_arguments(["--init-from", "pendulum", "--preset", "mbdpo"])
+    assert arguments.config == default_config("pendulum", "mbdpo")
     with pytest.raises(UsageError, match="exclude each other"):
         parse_arguments(["--init-from", str(run), "--resume", str(run)])
 

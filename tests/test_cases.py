@@ -359,6 +359,15 @@ def test_a_stack_of_frames_becomes_channels(shape, seen):
         np.testing.assert_array_equal(image[..., 5], frames[5])
 
 
+@pytest.mark.parametrize("bound", [1, np.inf])
+def test_a_small_array_of_numbers_is_no_image(bound):
+    interface = Interface(Box(-bound, bound, (2, 3, 4), np.float32), ONE)
+    assert interface.example.image is None
+    numbers = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(interface.observe(numbers).vector, numbers.reshape(-1))
+    assert Interface(Box(0, 255, (7, 7, 3), np.uint8), ONE).example.image.shape == (7, 7, 3)
+
+
 def test_one_reading_far_off_does_not_ruin_the_statistics():
     rng = np.random.default_rng(0)
     vectors = rng.normal(3, 2, (400, 2)).astype(np.float32)
@@ -411,6 +420,12 @@ def test_the_limit_asked_for_holds_for_environments_of_ones_own():
     assert ends == [False] * 6 + [True]
     with pytest.raises(UsageError, match="has no time limit: give"):
         own_env(make, EnvConfig(max_steps=0), training=True)
+    held = gym.wrappers.TimeLimit(gym.wrappers.RepeatAction(Counting(), 4), 9)
+    env = own_env(
+        lambda config, training: held, EnvConfig(max_steps=24, action_repeat=4), training=True
+    )
+    env.reset(seed=0)
+    assert [env.step(np.zeros(3, np.float32))[3] for _ in range(6)] == [False] * 5 + [True]
     limited = gym.wrappers.TimeLimit(Counting(), 5)
     assert (
         own_env(lambda config, training: limited, EnvConfig(max_steps=0), training=True) is limited

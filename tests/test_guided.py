@@ -12,7 +12,7 @@ from test_train import run
 from toy import CONFIG, make_counting
 
 from valdi_jax import model
-from valdi_jax.config import DiffuserConfig, PriorConfig, UNetConfig, validate
+from valdi_jax.config import DiffuserConfig, PriorConfig, UNetConfig, require_terms, validate
 from valdi_jax.data.rollout import first_carries, plan_batch
 from valdi_jax.diffusion import cosine_posterior
 from valdi_jax.errors import UsageError
@@ -234,6 +234,11 @@ def test_diffuser_starts_warm_too(monkeypatch):
     np.testing.assert_allclose(warm.carry.rows[0, 1:], obs.vector, atol=1e-6)
 
 
+def checked(config):
+    validate(config)
+    require_terms(config)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -247,7 +252,16 @@ def test_diffuser_starts_warm_too(monkeypatch):
 )
 def test_what_does_not_fit_is_refused(config, message):
     with pytest.raises(UsageError, match=message):
-        validate(config)
+        checked(config)
+
+
+def test_networks_that_are_trained_need_no_term():
+    config = CONFIG.replace(
+        model={"networks": ("q", "policy", "prior")}, learn={"terms": ("prior",)}
+    )
+    with pytest.raises(UsageError, match="has q: give"):
+        require_terms(config)
+    require_terms(config, trained=("q", "policy"))
 
 
 def test_a_goal_needs_an_observation_that_holds_one():

@@ -12,7 +12,7 @@ from toy import CONFIG, make_counting
 
 from valdi_jax import Agent, model
 from valdi_jax.checkpoint import main
-from valdi_jax.config import MBDPOConfig, PlannerConfig, validate
+from valdi_jax.config import MBDPOConfig, PlannerConfig, require_terms, validate
 from valdi_jax.data.rollout import exploration_noise
 from valdi_jax.errors import UsageError
 from valdi_jax.networks.twohot import decode, two_hot
@@ -143,6 +143,7 @@ def test_an_untrained_simplex_encoder_tells_images_apart_that_differ_in_few_pixe
 
 def checked(config):
     validate(config)
+    require_terms(config)
     learner.check_names(config)
 
 
@@ -152,7 +153,10 @@ def checked(config):
         ({"model": {"networks": ("policy",)}}, "energy needs --model.networks energy"),
         ({"learn": {"terms": ("q", "policy", "energy")}}, "q needs --model.networks q"),
         ({"learn": {"terms": ("dynamics", "energy")}}, "networks has policy: give --learn.terms"),
-        ({"model": {"networks": ("q", "policy")}}, "networks has q: give --learn.terms q too"),
+        (
+            {"model": {"networks": ("q", "policy")}, "learn": {"terms": ("reward", "policy")}},
+            "networks has q: give --learn.terms q too",
+        ),
         ({"model": {"encoder": "simplex"}}, "need each other"),
         ({"model": {"bins": 1}}, "must be 0 or at least 2"),
         ({"planner": {"policy_candidates": 64}}, "must be below --planner.candidates"),

@@ -13,7 +13,7 @@ from toy import CONFIG, make_counting
 
 from valdi_jax.agent import Agent
 from valdi_jax.checkpoint import main as checkpoint_main
-from valdi_jax.config import DiffuserConfig, UNetConfig, validate
+from valdi_jax.config import DiffuserConfig, UNetConfig, require_terms, validate
 from valdi_jax.data.recorded import environment_of, read_recorded, to_episodes
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import gather, store_episode, store_shapes
@@ -231,6 +231,11 @@ def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
     np.testing.assert_allclose(scalers["states"]["center"], states.mean(axis=0), rtol=1e-5)
 
 
+def checked(config):
+    validate(config)
+    require_terms(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -241,11 +246,18 @@ def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
         ({"learn": {"terms": ("plan", "reward")}}, "stands alone, without reward"),
         ({"learn": {"terms": ("plan",)}}, "give --learn.terms plan_value too"),
         ({"learn": {"encoder_rate": 0.5}}, "--learn.encoder-rate"),
+        ({"learn": {"random_shift": 2}}, "--learn.random-shift does nothing"),
+        ({"learn": {"mirror": True}}, "--learn.mirror is for carracing"),
+        ({"model": {"normalize": True}}, "--model.normalize does nothing"),
+        ({"env": {"name": "pendulum", "pixels": 64}}, "--env.pixels is for dmc"),
+        ({"planner": {"precision": "bfloat16"}}, "--planner.precision does nothing"),
+        ({"planner": {"answer": "sample"}}, "is for --planner.kind mppi"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, complaint):
+    config = DIFFUSER.replace(**changes)
     with pytest.raises(UsageError, match=complaint):
-        validate(DIFFUSER.replace(**changes))
+        checked(config)
 
 
 @pytest.fixture

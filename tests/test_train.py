@@ -471,6 +471,8 @@ def test_a_run_resumes_only_with_its_own_settings(straight):
     config = checkpoint.load_config(directory)
     with pytest.raises(UsageError, match=r"another learn.batch_size: the run has 8, not 16"):
         run(directory, 5, resume=True, config=config.replace(learn={"batch_size": 16}))
+    with pytest.raises(UsageError, match=r"another collect.episodes_per_round"):
+        run(directory, 5, resume=True, config=config.replace(collect={"episodes_per_round": 3}))
     assert checkpoint.load_config(directory) == config
     longer = parse_arguments(["--resume", str(directory), "--collect.episodes", "9"]).config
     assert longer.collect.episodes == 9
@@ -525,18 +527,20 @@ def test_a_single_non_finite_update_is_reported(tmp_path, monkeypatch):
     assert int(state.step) == 9
 
 
-def test_training_stops_if_the_planner_has_no_finite_score(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_training_stops_if_the_planner_has_no_finite_score(tmp_path, monkeypatch, num_envs):
     roll_out = source_module.roll_out
 
     def without_score(*args, **kwargs):
         rollouts = roll_out(*args, **kwargs)
-        return [dataclasses.replace(d, predicted_return=-np.inf) for d in rollouts]
+        bad = [dataclasses.replace(d, predicted_return=-np.inf) for d in rollouts]
+        return bad if num_envs == 1 else [*bad[:-1], rollouts[-1]]  # one in time counts for itself
 
     monkeypatch.setattr(source_module, "roll_out", without_score)
-    config = CONFIG.replace(learn={"nonfinite_limit": 2})
+    config = CONFIG.replace(learn={"nonfinite_limit": 2}, collect={"num_envs": num_envs})
     with pytest.raises(StoppedError, match="2 episodes in a row, the last of them episode 2"):
-        run(tmp_path / "run", 5, config=config)
-    assert checkpoint.latest(tmp_path / "run").name == "00000002"
+        run(tmp_path / "run", 6, config=config)
+    assert checkpoint.latest(tmp_path / "run").name == ("00000002" if num_envs == 1 else "00000003")
 
 
 class FullDisk:

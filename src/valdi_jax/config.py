@@ -11,7 +11,7 @@ import functools
 import json
 import reprlib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -152,7 +152,7 @@ class ModelConfig:
     action_dim: tyro.conf.Suppress[Count] = 3
     """Action size A; training takes it from the environment."""
     state_dim: tyro.conf.Suppress[Natural] = 0
-    """State size S of Diffuser's plans; training takes it from the environment."""
+    """State size X of Diffuser's plans; training takes it from the environment."""
     normalize: bool = False
     """Normalise vector observations by their running mean and variance."""
     encoder_width: Count = 256
@@ -238,7 +238,7 @@ class MBDPOConfig:
     """MBDPO's search (2605.26282), a reverse diffusion over the action sequence."""
 
     steps: Annotated[int, Field(ge=2)] = 20
-    """Noise levels S; S - 1 iterations."""
+    """Noise levels M; M - 1 iterations."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Variance of the lowest noise level; the levels between are linear."""
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 1e-2
@@ -480,7 +480,8 @@ class CollectConfig:
     """Standard deviation of the exploration noise in the seed episodes; 0 for that of the first
     episode after them."""
     noise_start: Weight = 0.25
-    """Initial standard deviation of the exploration noise, added before tanh."""
+    """Initial standard deviation of the exploration noise; CEM adds it before tanh, the others to
+    the action, which they clip."""
     noise_end: Weight = 0.05
     """Standard deviation of the exploration noise after the decay."""
     noise_hold: Natural = 250
@@ -688,6 +689,17 @@ def validate(config: Config) -> None:
         *("--collect.actors", collect.actors),
         "takes --collect.cluster, an address or local",
     )
+    require(
+        planner.answer != "sample" or planner.kind == "mppi",
+        *("--planner.answer", planner.answer),
+        "is for --planner.kind mppi",
+    )
+    if env.name != "carracing" and (env.downsample > 1 or config.learn.mirror):
+        option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
+        raise UsageError(f"{option} is for carracing alone, not for {env.name}")
+    if env.pixels and not env.name.startswith("dmc:"):
+        raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
+    require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
     if config.learn.act == "ema" and config.learn.average:
         raise UsageError("--learn.act ema and --learn.average exclude one another")
     if config.diffuses_plans:
@@ -695,9 +707,6 @@ def validate(config: Config) -> None:
         return
     if planner.kind == "diffuser" or "plan_value" in model.networks:
         raise UsageError("--planner.kind diffuser needs --model.networks unet")
-    for name in ("policy", "energy", "q", "prior"):
-        if name in model.networks and name not in config.learn.terms:
-            raise UsageError(f"--model.networks has {name}: give --learn.terms {name} too")
     if "q" in model.networks and "value" in config.learn.terms:
         raise UsageError("--model.networks q takes the place of the value: drop the term value")
     if (model.encoder == "simplex") != (model.dynamics == "simplex"):
@@ -718,17 +727,6 @@ def validate(config: Config) -> None:
         *("--planner.policy-candidates", planner.policy_candidates),
         f"must be below --planner.candidates ({planner.candidates})",
     )
-    require(
-        planner.answer != "sample" or planner.kind == "mppi",
-        *("--planner.answer", planner.answer),
-        "is for --planner.kind mppi",
-    )
-    if env.name != "carracing" and (env.downsample > 1 or config.learn.mirror):
-        option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
-        raise UsageError(f"{option} is for carracing alone, not for {env.name}")
-    if env.pixels and not env.name.startswith("dmc:"):
-        raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
-    require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
     _validate_sampling(config)
     if model.dynamics in ("mlp", "simplex") and "prior" not in model.networks:
         return
@@ -744,6 +742,19 @@ def validate(config: Config) -> None:
         f"must be at least {token}, the sizes of a timestep, an action chunk and a latent, and one "
         "for the marker",
     )
+
+
+def require_terms(config: Config, trained: Collection[str] = ()) -> None:
+    """Check that each of ``model.networks`` learns, or was ``trained`` before.
+
+    Raises:
+        UsageError: naming the first that would stay as it was initialised.
+    """
+    terms = {"unet": "plan"}  # the others have their network's name
+    for name in config.model.networks:
+        term = terms.get(name, name)
+        if name not in trained and term not in config.learn.terms:
+            raise UsageError(f"--model.networks has {name}: give --learn.terms {term} too")
 
 
 def _validate_sampling(config: Config) -> None:
@@ -782,12 +793,15 @@ def _validate_plans(config: Config) -> None:
     others |= set(config.learn.terms) - {"plan", "plan_value"}
     if others:
         raise UsageError(f"--model.networks unet stands alone, without {', '.join(sorted(others))}")
-    terms = {"unet": "plan", "plan_value": "plan_value"}
-    for name in config.model.networks:
-        if terms[name] not in config.learn.terms:
-            raise UsageError(f"--model.networks has {name}: give --learn.terms {terms[name]} too")
-    if config.learn.encoder_rate != 1:
-        raise UsageError("--learn.encoder-rate is for agents with an encoder, not for Diffuser")
+    unused = {
+        "--learn.encoder-rate": config.learn.encoder_rate != 1,
+        "--learn.random-shift": config.learn.random_shift != 0,
+        "--model.normalize": config.model.normalize,
+        "--planner.precision": config.planner.precision != "float32",
+    }
+    for option, given in unused.items():
+        if given:
+            raise UsageError(f"{option} does nothing for Diffuser, which has its own networks")
     if config.planner.kind != "diffuser":
         raise UsageError("--model.networks unet needs --planner.kind diffuser")
     if config.model.chunk != 1:

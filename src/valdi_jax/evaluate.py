@@ -145,6 +145,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
     config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
     config = dataclasses.replace(config, planner=arguments.planner)
+    if arguments.diffusion_steps and config.diffuses_plans:
+        raise UsageError("--diffusion-steps: Diffuser takes all of --model.unet.timesteps")
     if arguments.diffusion_steps and DYNAMICS[config.model.dynamics].step is not None:
         raise UsageError(f"--diffusion-steps: {config.model.dynamics} dynamics have no diffusion")
     PLANNERS[config.planner.kind]

@@ -354,7 +354,7 @@ def denoise_prior(
 
 
 def known_of_plans(config: Config) -> np.ndarray:
-    """Mask [H + 1, A + S] of what is pinned in Diffuser's plans: the first state, and a goal's."""
+    """Mask [H + 1, A + X] of what is pinned in Diffuser's plans: the first state, and a goal's."""
     model = config.model
     mask = np.zeros((model.horizon + 1, model.action_dim + model.state_dim), bool)
     mask[0, model.action_dim :] = True
@@ -373,7 +373,7 @@ def known_of_prior(config: Config) -> np.ndarray:
 
 
 def denoise_plans(params: Params, plans: Array, timesteps: Array, *, config: Config) -> Array:
-    """Diffuser's estimate of the clean plans [B, H + 1, A + S] from noised ones at timesteps [B].
+    """Diffuser's estimate of the clean plans [B, H + 1, A + X] from noised ones at timesteps [B].
 
     Plans are normalised; a row is an action and the state in which it is taken.
     """
@@ -381,5 +381,5 @@ def denoise_plans(params: Params, plans: Array, timesteps: Array, *, config: Con
 
 
 def plan_value(params: Params, plans: Array, timesteps: Array, *, config: Config) -> Array:
-    """Diffuser's predicted return [B] of noised plans [B, H + 1, A + S] at timesteps [B]."""
+    """Diffuser's predicted return [B] of noised plans [B, H + 1, A + X] at timesteps [B]."""
     return apply(_plan_value(config.model), params["plan_value"], plans, timesteps)

@@ -139,6 +139,8 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
             "terms": ("plan", "plan_value"),
             "learning_rate": 2e-4,
             "batch_size": 64,
+            "mirror": False,
+            "random_shift": 0,
             "max_grad_norm": 1e9,
             "ema_rate": 0.005,
             "ema_every": 10,

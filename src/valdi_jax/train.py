@@ -33,11 +33,12 @@ class Arguments:
     """Command line of the training command."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in an hour
-    of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
-    bipedalwalker, bipedalwalker-hardcore, or gym (any other environment); mbdpo, tdmpc2,
-    mbdpo-tdmpc2 and diffuser are other methods, on any environment (diffuser: of vectors, from
-    recorded data, --data). By default the environment's own: paper for carracing."""
+    """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in two
+    hours of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
+    bipedalwalker, bipedalwalker-hardcore, dmc, maze, maze:medium, maze:large, or gym (any other
+    environment); mbdpo, tdmpc2, mbdpo-tdmpc2 and diffuser are other methods, on any environment
+    (diffuser: of vectors, from recorded data, --data). By default the environment's own: paper for
+    carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the run; by default a new one under runs/."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
@@ -120,7 +121,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     elif given and chosen is None:
         base = checkpoint.open_agent(Path(given)).config
     else:
-        base = default_config(_environment(argv), chosen)
+        env = _environment(argv)
+        if env is None and given:
+            env = checkpoint.open_agent(Path(given)).config.env.name
+        base = default_config(env, chosen)
     arguments = cli.parse(
         Arguments,
         argv,

@@ -7,7 +7,8 @@ Shape legend, used in every docstring of this package:
     K  elites of a planner (64)           A  action size (3)
     I  iterations of a planner (10)       D  latent size (64)
     T  diffusion timesteps (1000)         E  value heads (2)
-                                          S  actions searched: H * C / planner.action_hold
+    X  state size of Diffuser's plans     S  actions searched: H * C / planner.action_hold
+    M  noise levels of MBDPO's search
 
 Action chunks are stored flat, ``[C * A]``. Rewards and the discount are per environment step, so
 one world-model step discounts by ``discount ** C``. With ``env.action_repeat``, one hold

@@ -213,15 +213,14 @@ def apply_update(
         metrics |= values
         checked += values
     params = _track(params, metrics, config=config)
-    ema_params = optax.incremental_update(params, state.ema_params, _ema_rate(state.step, config))
-    if "scalers" in params:  # constants, which an average would round
-        ema_params = ema_params | {"scalers": params["scalers"]}
+    ema_params = _average(params, state.ema_params, _ema_rate(state.step, config))
     average = state.average
     if config.learn.act == "ema":
         average = ema_params
     elif config.learn.average:
         rate = 1 / (1 + config.learn.average * state.step.astype(jnp.float32))
-        average = optax.incremental_update(params, average, rate)
+        assert average is not None
+        average = _average(params, average, rate)
     finite = jnp.isfinite(jnp.stack([metrics[name] for name in checked])).all()
     metrics["update/refused"] = 1 - finite.astype(jnp.float32)
     reached = state.replace(
@@ -233,6 +232,12 @@ def apply_update(
     )
     state = jax.tree.map(functools.partial(jnp.where, finite), reached, state)
     return state.replace(step=state.step + 1), metrics
+
+
+def _average(params: Params, average: Params, rate: float | Array) -> Params:
+    """The moving average after a step of weight ``rate``; constants stay exact."""
+    moved = optax.incremental_update(params, average, rate)
+    return moved | {name: params[name] for name in ("scalers",) if name in params}
 
 
 def _ema_rate(step: Array, config: Config) -> float | Array:

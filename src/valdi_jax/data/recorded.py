@@ -103,13 +103,18 @@ def to_episodes(
     return episodes
 
 
-def digest(episodes: Iterable[Episode]) -> str | None:
-    """A checksum of recorded episodes; None if there are none."""
+def digest(episodes: Iterable[Episode], *, ends: bool = True) -> str | None:
+    """A checksum of recorded episodes; None if there are none.
+
+    Without ``ends`` it is that of runs which knew no terminations.
+    """
     sha, count = hashlib.sha256(), 0
     for episode in episodes:
         count += 1
         for array in (*jax.tree.leaves(episode.observations), episode.actions, episode.rewards):
             sha.update(np.ascontiguousarray(array).tobytes())
+        if ends:
+            sha.update(bytes([episode.terminated]))
     return sha.hexdigest() if count else None
 
 

@@ -183,7 +183,7 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
         if isinstance(inner, gym.wrappers.TimeLimit):
             limit = inner._max_episode_steps
         inner = inner.env
-    if config.max_steps and (limit is None or limit > config.max_steps):
+    if config.max_steps:  # whatever limit it has, of steps or of holds
         holds = -(-config.max_steps // config.action_repeat)  # a factory holds actions by itself
         return cast(gym.Env, Limited(env, holds))
     if limit is not None:

@@ -19,8 +19,9 @@ class Interface:
     """An agent's interface to an environment.
 
     Observations: a Box, or a Dict of Boxes with at most one image. An array of at most four axes is
-    an image if two neighbouring ones, height and width, are at least 16. Channels come before or
-    after these, and stacked frames, which become channels too, in front. Images become uint8 with
+    an image if two neighbouring ones, height and width, are at least 16; of uint8 and three axes
+    also a smaller one. Channels come before or after these, and stacked frames, which become
+    channels too, in front. Images become uint8 with
     channels last; float images are scaled from their bounds to 0 .. 255. All else is flattened and
     concatenated into one float32 vector, in the Dict's order.
 
@@ -256,14 +257,18 @@ def _image_axes(shape: tuple[int, ...]) -> tuple[int, int | None] | None:
     channels_first = shape[first] < shape[-1] and min(shape[-2:]) >= _SMALLEST_IMAGE
     if channels_first:
         return first + 1, first
-    # An image of three axes may be small, unless it is ambiguous.
+    # Bytes of three axes may be a small image.
     if rank == 4 and min(shape[first : first + 2]) < _SMALLEST_IMAGE:
         return None
     return first, rank - 1
 
 
 def _is_image(box: gym.spaces.Box) -> bool:
-    return _image_axes(box.shape) is not None
+    axes = _image_axes(box.shape)
+    if axes is None:
+        return False
+    height, _ = axes
+    return box.dtype == np.uint8 or min(box.shape[height : height + 2]) >= _SMALLEST_IMAGE
 
 
 def _check_image(name: str, box: gym.spaces.Box) -> None:

@@ -22,7 +22,7 @@ from valdi_jax.types import Array, Batch, Params
 class PlanView(struct.PyTreeNode):
     """Inputs of Diffuser's losses."""
 
-    plans: Array  # [B, H + 1, A + S] normalised
+    plans: Array  # [B, H + 1, A + X] normalised
     returns: Array  # [B] discounted rewards from the first step to the episode's end
 
 
@@ -30,7 +30,7 @@ class PlanDraws(NamedTuple):
     """Random draws of one of Diffuser's losses."""
 
     timesteps: Array  # [B] int32
-    noise: Array  # [B, H + 1, A + S] standard normal
+    noise: Array  # [B, H + 1, A + X] standard normal
 
 
 def look_at_plans(params: Params, batch: Batch, *, config: Config) -> PlanView:
@@ -68,7 +68,7 @@ def loss_weights(
     action_weight: float,
     discount: float = 1.0,
 ) -> np.ndarray:
-    """Weights [H, A + S] of a plan's entries: falling over time, ``action_weight`` for action 0."""
+    """Weights [H, A + X] of a plan's entries: falling over time, ``action_weight`` for action 0."""
     falling = np.float32(discount) ** np.arange(horizon, dtype=np.float32)
     weights = np.repeat((falling / falling.mean())[:, None], actions + states, axis=1)
     weights[0, :actions] = action_weight

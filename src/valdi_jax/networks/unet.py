@@ -120,7 +120,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TemporalUNet(nn.Module):
-    """Plans [B, H, A + S] at timesteps [B] -> the same shape (Diffuser, appendix C).
+    """Plans [B, H, A + X] at timesteps [B] -> the same shape (Diffuser, appendix C).
 
     H must be a multiple of 2^(levels - 1).
     """
@@ -158,7 +158,7 @@ class TemporalUNet(nn.Module):
 
 
 class PlanValue(nn.Module):
-    """Noised plans [B, H, A + S] at timesteps [B] -> their predicted returns [B]."""
+    """Noised plans [B, H, A + X] at timesteps [B] -> their predicted returns [B]."""
 
     multipliers: Sequence[int] = (1, 2, 4, 8)
     width: int = 32

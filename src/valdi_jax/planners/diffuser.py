@@ -79,7 +79,7 @@ def plan(
 def _sample(
     params: Params, vector: Array, key: Array, *, rows: Array | None, config: Config
 ) -> tuple[Array, Array]:
-    """A plan [H + 1, A + S] from an observation's vector, in its units, and its value.
+    """A plan [H + 1, A + X] from an observation's vector, in its units, and its value.
 
     It starts from ``rows``, another plan in these units, if they are given.
     """
@@ -121,11 +121,11 @@ def _sample(
 
 
 def deviation(planned: Array, state: Array, step: Array) -> Array:
-    """Distance [] between the position in a state [S] and the one planned for a step [].
+    """Distance [] between the position in a state [X] and the one planned for a step [].
 
     Args:
-        planned: [H + 1, S], as `waypoint_actions` takes it.
-        state: [S], the present one.
+        planned: [H + 1, X], as `waypoint_actions` takes it.
+        state: [X], the present one.
         step: [] int32 from the plan's start; beyond its end the last position counts.
     """
     half = planned.shape[-1] // 2
@@ -137,8 +137,8 @@ def waypoint_actions(planned: Array, state: Array, steps: Array) -> Array:
     """Actions [n, A] towards the planned states that follow steps [n].
 
     Args:
-        planned: [H + 1, S], positions and then velocities.
-        state: [S], the present one.
+        planned: [H + 1, X], positions and then velocities.
+        state: [X], the present one.
         steps: [n] int32 from the plan's start; beyond its end it holds the last position.
     """
     last = len(planned) - 1

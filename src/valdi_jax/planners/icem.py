@@ -38,7 +38,7 @@ def colored_normal(key: Array, shape: tuple[int, ...], *, exponent: float) -> Ar
 
 
 def _coloring(steps: int, exponent: float) -> np.ndarray:
-    """Matrix M [S, S] such that M e is coloured noise of unit variance for white noise e."""
+    """Matrix [S, S] that turns white noise into coloured noise of unit variance."""
     frequencies = np.fft.rfftfreq(steps)
     frequencies[0] = frequencies[1] if steps > 1 else 1  # the mean is as strong as the slowest wave
     power = np.concatenate([frequencies, frequencies[1 : (steps + 1) // 2]]) ** -exponent

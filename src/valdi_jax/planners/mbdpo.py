@@ -28,7 +28,7 @@ class Level(NamedTuple):
 
 
 def schedule(settings: MBDPOConfig) -> tuple[np.ndarray, np.float32]:
-    """Falling standard deviations [S - 1] of the candidates, and the factor on the last mean."""
+    """Falling standard deviations [M - 1] of the candidates, and the factor on the last mean."""
     betas = np.linspace(settings.beta_start, settings.beta_end, settings.steps)
     kept = np.cumprod(1 - betas)
     spread = np.sqrt((1 - kept) / kept)[:0:-1]

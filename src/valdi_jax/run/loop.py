@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from valdi_jax import cli
-from valdi_jax.config import Config, leaves, to_dict, validate
+from valdi_jax.config import Config, leaves, require_terms, to_dict, validate
 from valdi_jax.data.collector import Interrupt
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.recorded import GIVEN, digest
@@ -40,12 +40,12 @@ from valdi_jax.types import AgentState, Params
 from valdi_jax.updates import fit_scalers, init_state, observe, start_from
 
 # What may change on resuming: the length of the run, its reports, and its hardware.
-_CHANGEABLE = (
+_CHANGEABLE = {
     *("collect.episodes", "collect.worker_timeout", "collect.cluster", "collect.actors"),
-    *("eval.", "checkpoint."),
     *("replay.placement", "learn.updates_per_dispatch", "learn.devices"),
     *("learn.heartbeat", "learn.watchdog"),
-)
+}
+_CHANGEABLE_SECTIONS = ("eval.", "checkpoint.")
 # Of each start, and of each process: a run does not keep them.
 _OF_THE_START = {"processes": 1, "coordinator": "", "rank": -1}
 
@@ -79,16 +79,20 @@ def train(
         check(source.example, config)
         if resume and init_from is not None:
             raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
-        given, lacking = None, set[str]()
+        given, trained = None, config.model.networks if resume else ()
         if init_from is not None:
             first = _first_state(source)
             agent = checkpoint.open_agent(init_from)
             params = agent.load(source.example, config=config, fresh=first.params)
             given = start_from(first, params)
-            lacking = set(config.model.networks) - set(agent.config.model.networks)
+            trained = agent.config.model.networks
+        require_terms(config, trained)
         if resume:
             checkpoint.load_config(run_dir)  # raises before anything is made
         recorded = source.recorded()
+        if given is not None and agent.config.collect.data != config.collect.data:
+            for episode in recorded:  # which its normaliser has not seen
+                given = observe(given, episode.observations.vector)
         _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
         signalled = stack.enter_context(cli.interruptible())
         if processes.follows:
@@ -129,8 +133,9 @@ def train(
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):
             reporter.say(f"warning: {sentence}")
-        for name in sorted(lacking):
-            reporter.say(f"note: {name} starts untrained: {init_from} has none")
+        if init_from is not None:
+            for name in sorted(set(config.model.networks) - set(trained)):
+                reporter.say(f"note: {name} starts untrained: {init_from} has none")
         if resume:
             new = checkpoint.options_since(run_dir)
             if new:
@@ -351,7 +356,8 @@ def _check_data(
 ) -> None:
     """Raise UsageError if recorded episodes are missing, too short, or not the resumed run's."""
     known = checkpoint.identity(resumed) if resumed else None
-    if known and known["data"] and known["data"] != digest(recorded):
+    began = known["data"] if known else None
+    if began and began != digest(recorded) and began != digest(recorded, ends=False):
         raise UsageError(f"the recorded data are not those that {resumed} began with")
     if config.diffuses_plans and not recorded and fresh and not resumed:
         raise UsageError("Diffuser's normalisers need --data minari:ID, recorded episodes")
@@ -373,7 +379,8 @@ def _may_resume(run_dir: Path, config: Config) -> None:
         dict(leaves(to_dict(each))) for each in (checkpoint.load_config(run_dir), config)
     )
     for name, value in theirs.items():
-        if value != ours[name] and not name.startswith(_CHANGEABLE):
+        free = name in _CHANGEABLE or name.startswith(_CHANGEABLE_SECTIONS)
+        if value != ours[name] and not free:
             raise UsageError(
                 f"cannot resume with another {name}: the run has {value}, not {ours[name]}"
             )

@@ -102,14 +102,15 @@ class Reporter:
 
     def check_scores(self, rollouts: Sequence[Rollout]) -> None:
         """Raise StoppedError after too many consecutive episodes without a finite score."""
-        for rollout in rollouts:
+        first = self._progress.episodes - len(rollouts) + 1
+        for number, rollout in enumerate(rollouts, first):
             finite = np.isfinite(rollout.predicted_return)
             self._unscored = 0 if finite else self._unscored + 1
-        if self._unscored >= self._config.learn.nonfinite_limit:
-            raise StoppedError(
-                f"the planner's scores were not finite in {self._unscored} episodes in a row, the "
-                f"last of them episode {self._progress.episodes}"
-            )
+            if self._unscored >= self._config.learn.nonfinite_limit:
+                raise StoppedError(
+                    f"the planner's scores were not finite in {self._unscored} episodes in a row, "
+                    f"the last of them episode {number}"
+                )
 
     def episodes(
         self,
