@@ -105,11 +105,14 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         check_writable(arguments.json)
     seeds = evaluation_seeds(arguments.episodes)
-    name = arguments.env or environment_of(arguments.data)
+    settings = environment_of(arguments.data)
+    name = arguments.env or settings.get("name")
     if name is None:
         raise UsageError(f"{arguments.data} names no environment: give --env")
     compilation.cache_compilations()
     config = default_config(name, None)
+    if name == settings.get("name"):
+        config = config.replace(env=settings)
     interface = interface_of(functools.partial(make_env, config.env, training=False))
     if interface.example.image is not None:
         raise UsageError(f"{name} observes images: only vectors are cloned here")

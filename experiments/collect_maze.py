@@ -13,6 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from valdi_jax import cli
+from valdi_jax.config import EnvConfig
 from valdi_jax.envs.maze import MAZES, make_maze
 from valdi_jax.record import record
 
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
         seed=arguments.seed,
         each=lambda numbers: track(numbers, description=f"{arguments.steps} steps"),
         description="waypoint controller",
-        env_name=f"maze:{arguments.maze}",
+        env_config=EnvConfig(name=f"maze:{arguments.maze}", max_steps=stream),
     )
 
 

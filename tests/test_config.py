@@ -218,6 +218,12 @@ def test_carracings_options_are_refused_elsewhere(change):
         validate(PRESETS["pendulum"].replace(**change))
 
 
+def test_diffusion_steps_are_for_diffusion():
+    mlp = PRESETS["paper"].replace(model={"dynamics": "mlp"})
+    with pytest.raises(UsageError, match="does nothing with --model.dynamics mlp"):
+        validate(mlp.replace(planner={"diffusion_steps": 2}))
+
+
 def test_the_transformer_width_is_not_checked_for_the_mlp():
     narrow = PRESETS["paper"].replace(model={"transformer_width": 32})
     validate(narrow.replace(model={"dynamics": "mlp"}))

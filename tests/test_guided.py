@@ -247,6 +247,10 @@ def checked(config):
         (guided(warm_start=5), "at most --model.prior.timesteps"),
         (guided(warm_start=2, guide_stop=2), "the last 2 timesteps have no guidance"),
         (guided().replace(planner={"precision": "bfloat16"}), "guided samples in float32"),
+        (
+            guided().replace(model={"chunk": 2}, planner={"action_hold": 2}),
+            "guided samples every action",
+        ),
         (CONFIG.replace(model={"prior": PriorConfig(goal=1)}), "goal needs --model.networks"),
     ],
 )

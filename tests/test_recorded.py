@@ -2,7 +2,9 @@
 
 import functools
 import io
+import signal
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import jax
@@ -13,11 +15,11 @@ from toy import CONFIG, make_counting
 
 from valdi_jax.agent import Agent
 from valdi_jax.checkpoint import main as checkpoint_main
-from valdi_jax.config import DiffuserConfig, UNetConfig, require_terms, validate
+from valdi_jax.config import DiffuserConfig, EnvConfig, UNetConfig, require_terms, validate
 from valdi_jax.data.recorded import environment_of, read_recorded, to_episodes
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import gather, store_episode, store_shapes
-from valdi_jax.envs import make_env
+from valdi_jax.envs import make_env, own_env
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import draw, objective
@@ -144,6 +146,9 @@ def test_a_batch_holds_the_chosen_share_of_recorded_episodes():
         replay.add(episode)  # more than there is room for: the recorded ones stay
     assert np.sum(seeds() >= 100) == 10
     assert len(replay) == 3 + config.replay.capacity
+    rng = np.random.default_rng(0)  # a quarter of two is drawn now and then
+    batches = [replay.gather(replay.draw(rng, 2)).observations.vector for _ in range(200)]
+    assert 0.15 < np.mean([vectors[:, 0, 0] >= 100 for vectors in batches]) < 0.35
 
 
 @pytest.fixture(scope="module", params=[OFFLINE, DIFFUSER], ids=["valdi", "diffuser"])
@@ -395,7 +400,11 @@ def test_observations_may_be_a_list_of_dicts():
 @pytest.mark.parametrize(
     ("config", "data", "complaint"),
     [
-        (OFFLINE, [recorded(10)], "holds a training segment of 18 steps: the longest has 10"),
+        (
+            OFFLINE,
+            [recorded(10)],
+            "has 18 steps, which .*: the longest has 10",
+        ),
         (DIFFUSER, [recorded(seed=3)], "do not vary in dimension 0: .*safe-limits"),
         (DIFFUSER.replace(collect={"source": "environment"}), None, "need --data"),
         (
@@ -465,6 +474,63 @@ def test_recording_a_controller(datasets):
     env = gym.make("Pendulum-v1", max_episode_steps=5)
     returns = record(env, Still(), "pendulum/still-v0", episodes=3, seed=4)
     assert returns.shape == (3,)
-    assert environment_of("minari:pendulum/still-v0") == "gym:Pendulum-v1"
-    with pytest.raises(UsageError, match="no name of a dataset"):
-        record(env, Still(), "still", episodes=1)
+    assert environment_of("minari:pendulum/still-v0") == {"name": "gym:Pendulum-v1"}
+    for name in ("still", "p/still-v0"):
+        with pytest.raises(UsageError, match="no name of a dataset"):
+            record(env, Still(), name, episodes=1)
+
+
+class Stopped(Still):
+    """Stands still until a signal comes."""
+
+    left = 7
+
+    def act(self, observation):
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
+        return super().act(observation)
+
+
+def test_a_signal_ends_a_recording_and_keeps_it(datasets):
+    import minari
+
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    returns = record(env, Stopped(), "pendulum/cut-v0", episodes=9)
+    episodes = list(minari.load_dataset("pendulum/cut-v0").iterate_episodes())
+    assert [len(each.rewards) for each in episodes] == [5, 2]
+    np.testing.assert_allclose(returns, [each.rewards.sum() for each in episodes], rtol=1e-6)
+
+
+def test_a_failed_write_leaves_nothing(datasets, monkeypatch):
+    import minari
+
+    def fail(self, path, metadata):
+        (Path(path) / "data").mkdir(parents=True)
+        raise OSError("full")
+
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(minari.DataCollector, "_save_to_disk", fail)
+        with pytest.raises(OSError, match="full"):
+            record(env, Still(), "pendulum/lost-v0", episodes=1)
+    assert len(record(env, Still(), "pendulum/lost-v0", episodes=1)) == 1
+
+
+def test_training_takes_the_settings_that_data_were_recorded_with(datasets):
+    env_config = EnvConfig(name="pendulum", max_steps=20, action_repeat=4)
+    env = own_env(make_env, env_config, training=True)
+    record(env, Still(), "pendulum/held-v0", episodes=1, env_config=env_config)
+    data = ["--data", "minari:pendulum/held-v0"]
+    repeats = {
+        name: parse_arguments([*options, *data]).config.env.action_repeat
+        for name, options in {
+            "its": [],
+            "named": ["--env", "pendulum"],
+            "another": ["--env", "mountaincar"],
+        }.items()
+    }
+    assert repeats == {"its": 4, "named": 4, "another": 10}
+    other = parse_arguments([*data, "--env.action-repeat", "2"]).config
+    with pytest.raises(UsageError, match=r"recorded with --env.action-repeat 4, not 2"):
+        read_recorded(data[1], Interface(env.observation_space, env.action_space), other)

@@ -541,7 +541,7 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness in the run."""
 
     def replace(self, **sections: dict[str, Any]) -> Config:
@@ -652,6 +652,16 @@ def validate(config: Config) -> None:
         planner.diffusion_steps <= model.diffusion_timesteps,
         *("--planner.diffusion-steps", planner.diffusion_steps),
         f"must be at most --model.diffusion-timesteps ({model.diffusion_timesteps})",
+    )
+    require(
+        planner.diffusion_steps == 1 or model.dynamics not in ("mlp", "simplex"),
+        *("--planner.diffusion-steps", planner.diffusion_steps),
+        f"does nothing with --model.dynamics {model.dynamics}",
+    )
+    require(
+        planner.action_hold == 1 or planner.kind != "guided",
+        *("--planner.action-hold", planner.action_hold),
+        "is for searches: guided samples every action",
     )
     require(
         model.chunk % planner.action_hold == 0,

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -17,7 +18,8 @@ import tyro
 from rich.progress import track
 
 from valdi_jax import cli, compilation
-from valdi_jax.data.recorded import ENVIRONMENT
+from valdi_jax.config import EnvConfig
+from valdi_jax.data.recorded import metadata_of
 from valdi_jax.envs import import_modules, make_env, own_env
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
@@ -89,7 +91,7 @@ def record(
     seed: int = 0,
     each: Callable[[Any], Any] = lambda numbers: numbers,
     description: str = "",
-    env_name: str = "",
+    env_config: EnvConfig | None = None,
 ) -> np.ndarray:
     """Record episodes as a local Minari dataset.
 
@@ -101,10 +103,10 @@ def record(
         seed: of the first episode's reset; the others follow it.
         each: wraps the episodes' numbers, e.g. in a progress bar.
         description: of the controller, kept with the data.
-        env_name: of the environment, as ``--env`` takes it: training on the data takes it from
+        env_config: of the environment: training on the data takes its name and settings from
             them. Without it, the environment's Gymnasium id.
 
-    Ctrl-C ends the recording; an episode under way is cut off there.
+    Ctrl-C ends the recording after the step under way, which its episode ends with.
 
     Returns: the episodes' returns [episodes].
 
@@ -114,34 +116,36 @@ def record(
     minari = _minari()
     _check_name(name)
     collector = minari.DataCollector(env, data_format="hdf5")
-    returns = np.zeros(episodes)
-    done = 0
-    with contextlib.suppress(KeyboardInterrupt):  # keep what there is
+    returns: list[float] = []
+    # A signal waits for the collector, which may be writing an episode.
+    with (
+        cli.interruptible() as check,
+        contextlib.suppress(KeyboardInterrupt, cli.Interrupted),  # keep what there is
+    ):
         for number in each(range(episodes)):
             controller.reset()
             observation, _ = collector.reset(seed=seed + number)
-            over = False
+            over, total = False, 0.0
             while not over:
+                check()
                 action = controller.act(observation)
                 observation, reward, terminated, truncated, _ = collector.step(action)
-                returns[number] += float(reward)
+                total += float(reward)
+                returns[number:] = [total]
                 over = terminated or truncated
-            done += 1
-    if not done:
+    if not returns:
         raise KeyboardInterrupt
-    returns = returns[: done + 1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
+    with _whole(name):
         dataset = collector.create_dataset(
             name,
             algorithm_name=description or type(controller).__name__,
             description=f"recorded by valdi_jax.record: {description}",
             # Without reference scores: for them, Minari makes the environment anew by its name.
         )
-    if env_name:
-        dataset.storage.update_metadata({ENVIRONMENT: env_name})
+        if env_config is not None:
+            dataset.storage.update_metadata(metadata_of(env_config))
     collector.close()
-    return returns
+    return np.array(returns)
 
 
 def write_replay(run: Path, name: str) -> np.ndarray:
@@ -171,8 +175,10 @@ def write_replay(run: Path, name: str) -> np.ndarray:
     with contextlib.closing(own_env(make_env, config.env, training=True)) as env:
         spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
     interface = Interface(*spaces.values())
-    if interface.example.image is not None or config.frame_stride > 1:
+    if interface.example.image is not None:
         raise UsageError(f"{run} sees images: only a replay of vectors can be written")
+    if config.frame_stride > 1:
+        raise UsageError(f"{run} stores an observation a chunk: --env.render-every step stores all")
     config = config.replace(model={"action_dim": interface.action_dim})
     buffers: list[EpisodeBuffer] = []
     returns = []
@@ -194,8 +200,7 @@ def write_replay(run: Path, name: str) -> np.ndarray:
     if not buffers:
         raise UsageError(f"the replay buffer of {run} is empty")
     source = f"replay of {directory.resolve().name}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
+    with _whole(name):
         dataset = minari.create_dataset_from_buffers(
             name,
             buffers,
@@ -204,14 +209,36 @@ def write_replay(run: Path, name: str) -> np.ndarray:
             description=f"recorded by valdi_jax.record: {source}",
             data_format="hdf5",
         )
-    dataset.storage.update_metadata({ENVIRONMENT: config.env.name})
+        dataset.storage.update_metadata(metadata_of(config.env))
     return np.array(returns)
+
+
+@contextlib.contextmanager
+def _whole(name: str) -> Iterator[None]:
+    """Write a dataset, or leave nothing of it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
+            yield
+    except BaseException:
+        shutil.rmtree(_root() / name, ignore_errors=True)
+        raise
 
 
 def _check_name(name: str) -> None:
     """Raises UsageError if a dataset cannot have this name."""
-    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
-        raise UsageError(f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0")
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(name)  # a folder of another name would break Minari's listing of them all
+        named = re.search(r"-v\d+$", name) is not None
+    except (ValueError, TypeError):
+        named = False
+    if not named:
+        raise UsageError(
+            f"minari:{name} is no name of a dataset, such as minari:pendulum/mine-v0 (folders have "
+            "two letters or more)"
+        )
     if (_root() / name).exists():
         raise UsageError(f"minari:{name} exists already in {_root()}: give another name")
 
@@ -277,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
         each=lambda numbers: track(numbers, description="recording", transient=True),
         description=what,
-        env_name=config.env.name,
+        env_config=config.env,
     )
     _say(name, returns)
     return 0

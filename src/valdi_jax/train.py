@@ -122,9 +122,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         base = checkpoint.open_agent(Path(given)).config
     else:
         env = _environment(argv)
-        if env is None and given:
-            env = checkpoint.open_agent(Path(given)).config.env.name
-        base = default_config(env, chosen)
+        if not env and given:
+            env = {"name": checkpoint.open_agent(Path(given)).config.env.name}
+        base = default_config(env.get("name"), chosen).replace(env=env)
     arguments = cli.parse(
         Arguments,
         argv,
@@ -137,14 +137,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def _environment(argv: Sequence[str]) -> str | None:
-    """``--env``, or the environment of the recorded data."""
+def _environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Fields of ``config.env``: of ``--env``, or of the recorded data if they are its."""
     env, data = (_value_of(option, argv) for option in ("--env", "--data"))
-    if env is not None or data is None:
-        return env
+    chosen = {} if env is None else {"name": env}
+    if data is None:
+        return chosen
     from valdi_jax.data.recorded import environment_of
 
-    return environment_of(data)
+    theirs = environment_of(data)
+    return theirs if env in (None, theirs.get("name")) else chosen
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from valdi_jax.config import Config
+from valdi_jax.config import Config, EnvConfig
 from valdi_jax.data.episode import Episode
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.registry import Registry
 
 GIVEN = "python"  # what collect.data says where a program gives the episodes
-ENVIRONMENT = "valdi_env"  # where a dataset that this package records keeps its environment's name
+# Where a dataset that this package records keeps its environment's name, and its settings.
+ENVIRONMENT, SETTINGS = "valdi_env", "valdi_env_settings"
+
+
+_SHAPING = ("action_repeat", "downsample", "pixels", "frames")
 
 
 def read_recorded(name: str, interface: Interface, config: Config) -> list[Episode]:
@@ -31,24 +36,43 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
             "train(..., data=...)"
         )
     kind, _, rest = name.partition(":")
-    return to_episodes(READERS[kind](rest), interface, config, name)
+    recorded = READERS[kind](rest)
+    theirs = environment_of(name)
+    if theirs.pop("name", None) == config.env.name:
+        for option, value in theirs.items():
+            if value != getattr(config.env, option):
+                raise UsageError(
+                    f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not "
+                    f"{getattr(config.env, option)}"
+                )
+    return to_episodes(recorded, interface, config, name)
 
 
-def environment_of(name: str) -> str | None:
-    """The environment of ``--data KIND:ID``, as ``--env`` takes it; None if it names none.
+def metadata_of(env: EnvConfig) -> dict[str, str]:
+    """What a dataset keeps of the environment it was recorded in, for `environment_of`."""
+    settings = {name: getattr(env, name) for name in _SHAPING}
+    return {ENVIRONMENT: env.name, SETTINGS: json.dumps(settings)}
 
-    Its name alone: other options of the environment are the preset's.
+
+def environment_of(name: str) -> dict[str, Any]:
+    """The environment of ``--data KIND:ID``: fields of ``config.env``.
+
+    They are its name, and what shapes its steps and observations; nothing if the data do not say.
 
     Raises:
         UsageError: if there is no such data.
     """
     kind, _, rest = name.partition(":")
     if kind != "minari":
-        return None
+        return {}
     data = _minari(rest)
-    if ENVIRONMENT in data.storage.metadata:
-        return str(data.storage.metadata[ENVIRONMENT])
-    return data.env_spec and f"gym:{data.env_spec.id}"
+    known = data.storage.metadata
+    if ENVIRONMENT in known:
+        settings = json.loads(str(known.get(SETTINGS, "{}")))
+        return {"name": str(known[ENVIRONMENT])} | {
+            option: int(value) for option, value in settings.items() if option in _SHAPING
+        }
+    return {"name": f"gym:{data.env_spec.id}"} if data.env_spec else {}
 
 
 def _read_minari(name: str) -> Iterable[Any]:
@@ -67,7 +91,10 @@ def _minari(name: str) -> Any:
     try:
         return minari.load_dataset(name)
     except (OSError, ValueError, TypeError) as error:  # TypeError: a name without a version
-        local = ", ".join(sorted(minari.list_local_datasets())[:20]) or "none"
+        try:
+            local = ", ".join(sorted(minari.list_local_datasets())[:20]) or "none"
+        except (OSError, ValueError) as failure:  # a folder that is none
+            local = f"unknown, {failure}"
         raise UsageError(
             f"--data minari:{name}: no such local dataset (there are: {local}); python -m "
             "valdi_jax.record makes one, minari download fetches one"

@@ -89,7 +89,8 @@ class Replay:
             raise ValueError(f"no episode of at least {steps} steps to sample from")
         count = 0 if self._own.ready else batch_size
         if self._own.ready and self._recorded.ready:
-            count = round(self._config.replay.data_share * batch_size)
+            whole, part = divmod(self._config.replay.data_share * batch_size, 1)
+            count = int(whole) + (part > 0 and bool(rng.random() < part))
         parts = []
         if count < batch_size:
             parts.append(self._draw(self._own, rng, batch_size - count))

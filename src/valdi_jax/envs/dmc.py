@@ -74,7 +74,14 @@ def make_dmc(
     env = gym.wrappers.TimeLimit(env, max_steps or _STEPS)
     env = paced(env, action_repeat=action_repeat, patience=patience)
     if pixels:  # after the hold: within it hardly anything moves, and velocities could not be seen
-        env = gym.wrappers.AddRenderObservation(env, render_only=True)
+        try:
+            env = gym.wrappers.AddRenderObservation(env, render_only=True)
+        except Exception as error:  # MuJoCo's renderer raises what it likes
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UsageError(
+                f"--env.pixels cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
+                f"{reason}; egl or osmesa draw without a screen"
+            ) from error
         env = gym.wrappers.FrameStackObservation(env, frames)
     return env
 

@@ -367,9 +367,10 @@ def _check_data(
         for episode in recorded:
             replay.give(episode)
         if not replay.ready:
+            needed = config.segment_steps + config.diffuses_plans  # it leaves the last state out
             raise UsageError(
-                f"no recorded episode holds a training segment of {config.segment_steps} steps: "
-                f"the longest has {longest}"
+                f"no recorded episode has {needed} steps, which a training segment takes: the "
+                f"longest has {longest}"
             )
 
 
@@ -447,6 +448,6 @@ def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
             )
             jax.block_until_ready(plan)
         seconds.append(time.perf_counter() - start)
-    reporter.say(
-        f"note: a decision costs {seconds[-1]:.1f} s on this CPU; --preset cpu is sized for it"
-    )
+    sized = config.env.name == "carracing" and not config.diffuses_plans
+    remedy = "--preset cpu is sized for it" if sized else "fewer --planner.candidates cost less"
+    reporter.say(f"note: a decision costs {seconds[-1]:.1f} s on this CPU; {remedy}")
