@@ -1,11 +1,15 @@
 """Every term of the objective trains the networks that it names, and no others."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_update import EXAMPLE, configured, random_batch
 
+from valdi_jax import model
 from valdi_jax.losses import TERMS, draw, evaluate, look, objective
+from valdi_jax.losses.base import regression
 from valdi_jax.updates import init_state
 
 PLANS = ("plan", "plan_value")  # Diffuser's: see test_recorded
@@ -45,6 +49,35 @@ def test_a_term_trains_what_it_names_and_nothing_else(name, dynamics):
     for network, tree in gradients(config).items():
         moved = any(np.any(leaf) for leaf in jax.tree.leaves(tree))
         assert moved == (network in TERMS[name].trains), network
+
+
+def test_the_value_learns_as_a_distribution_too():
+    config = configured("mlp", terms=("value",)).replace(model={"bins": 21})
+    state = init_state(jax.random.key(0), EXAMPLE, config=config)
+    z = jax.random.normal(jax.random.key(1), (64, config.model.latent_dim))
+    np.testing.assert_allclose(model.values(state.params, z, config=config), 0, atol=1e-5)
+    returns = 40 * jnp.tanh(z[:, 0])
+
+    def loss(value):
+        output = model.value_outputs({"value": value}, z, config=config)
+        return regression(output, returns[None], config=config.model).mean()
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def fit(value):
+        def step(carry, _):
+            value, moments = carry
+            change, moments = optimizer.update(jax.grad(loss)(value), moments)
+            return (optax.apply_updates(value, change), moments), None
+
+        return jax.lax.scan(step, (value, optimizer.init(value)), length=300)[0][0]
+
+    fitted = model.values({"value": fit(state.params["value"])}, z, config=config)
+    assert fitted.shape == (config.model.value_heads, 64)
+    assert jnp.abs(fitted - returns[None]).mean() < 4  # of up to 40
+    moved = gradients(config)
+    assert all(any(np.any(x) for x in jax.tree.leaves(moved[n])) for n in TERMS["value"].trains)
 
 
 def test_a_term_that_does_not_train_the_encoder_sees_latents_without_gradient(monkeypatch):

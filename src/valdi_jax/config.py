@@ -195,8 +195,8 @@ class ModelConfig:
     policy_width: Count = 256
     """Hidden width of the policy prior and the energy."""
     bins: Natural = 0
-    """Bins of a distribution over rewards and q in symlog space, as in TD-MPC2; 0 for scalars with
-    squared errors."""
+    """Bins of a distribution over rewards and values in symlog space, as in TD-MPC2; 0 for scalars
+    with squared errors."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in the first layer of the critics q, while they learn."""
     rho: Fraction = 1.0

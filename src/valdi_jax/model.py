@@ -165,7 +165,7 @@ def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
         "reward": _reward_head(model).init(reward_key, z, chunk)["params"],
     }
     if "q" not in model.networks:
-        params["value"] = ValueHeads(model).init(value_key, z)["params"]
+        params["value"] = _value_heads(model).init(value_key, z)["params"]
     for name, network_key in zip(model.networks, others, strict=True):
         params[name] = NETWORKS[name](network_key, config=config)
     if model.normalize and observation.vector is not None:
@@ -199,6 +199,10 @@ def _encoder(config: ModelConfig) -> nn.Module:
 
 def _reward_head(config: ModelConfig) -> nn.Module:
     return reward_net(config) if config.bins else RewardHead(config)
+
+
+def _value_heads(config: ModelConfig) -> nn.Module:
+    return q_net(config) if config.bins else ValueHeads(config)
 
 
 def parameter_count(params: Params) -> int:
@@ -332,10 +336,16 @@ def energy_bonus(params: Params, z: Array, actions: Array, *, config: Config) ->
     return jnp.clip((logit - mean) / jnp.maximum(std, _LEAST_STD), -limit, limit)
 
 
+def value_outputs(params: Params, z: Array, *, config: Config) -> Array:
+    """What the value heads learn: scalars [E, ...], or logits [E, ..., bins]; as `values`."""
+    chex.assert_shape(z, (..., config.model.latent_dim))
+    return apply(_value_heads(config.model), params["value"], z)
+
+
 def values(params: Params, z: Array, *, config: Config) -> Array:
     """Estimates [E, ...] of all value heads at a latent [..., D]."""
-    chex.assert_shape(z, (..., config.model.latent_dim))
-    return apply(ValueHeads(config.model), params["value"], z)
+    output = value_outputs(params, z, config=config)
+    return decode(output) if config.model.bins else output
 
 
 def value(params: Params, z: Array, *, config: Config) -> Array:

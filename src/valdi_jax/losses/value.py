@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.dynamics.base import fading, masked_mean
-from valdi_jax.losses.base import Term, View
+from valdi_jax.losses.base import Term, View, regression
 from valdi_jax.losses.reward import chunk_rewards
+from valdi_jax.networks.twohot import decode
 from valdi_jax.types import Array, Params
 
 
@@ -53,7 +54,7 @@ def td_targets(
 def loss(
     params: Params, ema_params: Params, view: View, draws: None, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean squared TD error of all heads at the predicted latents, with EMA targets."""
+    """Mean TD error of all heads at the predicted latents, with EMA targets."""
     target = td_targets(
         view.rewards,
         jax.lax.stop_gradient(model.value(ema_params, view.next_latents, config=config)),
@@ -61,10 +62,12 @@ def loss(
         discount=config.learn.discount,
         td_lambda=config.learn.td_lambda,
     )
-    predicted = model.values(params, view.trajectory, config=config)  # [E, B, H + 1]
+    output = model.value_outputs(params, view.trajectory, config=config)
+    error = regression(output, target[None], config=config.model)  # [E, B, H + 1]
+    predicted = decode(output) if config.model.bins else output
     weights = fading(config.model.horizon + 1, config.model.rho)[None, None]
     valid = view.scored[None]
-    return masked_mean((predicted - target[None]) ** 2 * weights, valid), {
+    return masked_mean(error * weights, valid), {
         "value/mean": masked_mean(predicted, valid),
         "value/target_mean": masked_mean(target, view.scored),
     }

@@ -89,7 +89,7 @@ def reward_net(config: ModelConfig) -> nn.Module:
 
 
 def q_net(config: ModelConfig, *, dropout: bool = False) -> nn.Module:
-    """(z, chunk) -> logits [E, ..., bins] of all critics, or values [E, ..., 1] without bins."""
+    """(z, chunk), or z alone -> logits [E, ..., bins] of all critics; without bins [E, ..., 1]."""
     ensemble = nn.vmap(
         NormedMLP,
         variable_axes={"params": 0},
