@@ -483,9 +483,9 @@ def test_one_line_says_what_a_decision_costs_on_a_cpu(tmp_path):
         CONFIG, planner=dataclasses.replace(CONFIG.planner, candidates=512, iterations=10)
     )
     _, output = run(tmp_path / "heavy", 1, config=heavy)
-    assert ("--preset cpu is sized for it" in output) == (jax.default_backend() == "cpu")
+    assert ("fewer --planner.candidates cost less" in output) == (jax.default_backend() == "cpu")
     _, output = run(tmp_path / "light", 1)
-    assert "--preset cpu" not in output
+    assert "a decision costs" not in output
 
 
 def poison(monkeypatch, updates):
