@@ -105,17 +105,14 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         check_writable(arguments.json)
     seeds = evaluation_seeds(arguments.episodes)
-    settings = environment_of(arguments.data)
-    name = arguments.env or settings.get("name")
-    if name is None:
+    env = environment_of(arguments.data, arguments.env)
+    if not env:
         raise UsageError(f"{arguments.data} names no environment: give --env")
     compilation.cache_compilations()
-    config = default_config(name, None)
-    if name == settings.get("name"):
-        config = config.replace(env=settings)
+    config = default_config(env["name"], None).replace(env=env)
     interface = interface_of(functools.partial(make_env, config.env, training=False))
     if interface.example.image is not None:
-        raise UsageError(f"{name} observes images: only vectors are cloned here")
+        raise UsageError(f"{config.env.name} observes images: only vectors are cloned here")
     episodes = read_recorded(arguments.data, interface, config)
     rows = [{"agent": arguments.data, "returns": [each.episode_return for each in episodes]}]
     env = own_env(make_env, config.env, training=False)

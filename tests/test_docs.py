@@ -43,7 +43,7 @@ def commands():
 
 @pytest.mark.parametrize("options", list(commands()))
 def test_documented_training_commands_parse(options, monkeypatch):
-    monkeypatch.setattr(recorded, "environment_of", lambda name: {})  # there are no data here
+    monkeypatch.setattr(recorded, "_environment", lambda name: {})  # there are no data here
     named = [options[options.index(o) + 1] for o in ("--env", "--init-from") if o in options]
     chosen = named[0] if named else "carracing"
     assert parse_arguments(options).config.env.name == chosen

@@ -140,13 +140,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 def _environment(argv: Sequence[str]) -> dict[str, Any]:
     """Fields of ``config.env``: of ``--env``, or of the recorded data if they are its."""
     env, data = (_value_of(option, argv) for option in ("--env", "--data"))
-    chosen = {} if env is None else {"name": env}
     if data is None:
-        return chosen
+        return {} if env is None else {"name": env}
     from valdi_jax.data.recorded import environment_of
 
-    theirs = environment_of(data)
-    return theirs if env in (None, theirs.get("name")) else chosen
+    return environment_of(data, env)
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

@@ -19,9 +19,7 @@ from valdi_jax.registry import Registry
 GIVEN = "python"  # what collect.data says where a program gives the episodes
 # Where a dataset that this package records keeps its environment's name, and its settings.
 ENVIRONMENT, SETTINGS = "valdi_env", "valdi_env_settings"
-
-
-_SHAPING = ("action_repeat", "downsample", "pixels", "frames")
+_SHAPING = ("action_repeat", "downsample", "pixels", "frames")  # steps and observations
 
 
 def read_recorded(name: str, interface: Interface, config: Config) -> list[Episode]:
@@ -37,14 +35,12 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
         )
     kind, _, rest = name.partition(":")
     recorded = READERS[kind](rest)
-    theirs = environment_of(name)
-    if theirs.pop("name", None) == config.env.name:
-        for option, value in theirs.items():
-            if value != getattr(config.env, option):
-                raise UsageError(
-                    f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not "
-                    f"{getattr(config.env, option)}"
-                )
+    for option, value in environment_of(name, config.env.name).items():
+        ours = getattr(config.env, option)
+        if value != ours:
+            raise UsageError(
+                f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not {ours}"
+            )
     return to_episodes(recorded, interface, config, name)
 
 
@@ -54,14 +50,20 @@ def metadata_of(env: EnvConfig) -> dict[str, str]:
     return {ENVIRONMENT: env.name, SETTINGS: json.dumps(settings)}
 
 
-def environment_of(name: str) -> dict[str, Any]:
+def environment_of(name: str, chosen: str | None = None) -> dict[str, Any]:
     """The environment of ``--data KIND:ID``: fields of ``config.env``.
 
-    They are its name, and what shapes its steps and observations; nothing if the data do not say.
+    They are its name, and what shapes its steps and observations; nothing if the data do not say,
+    and the name alone of another environment that is ``chosen``.
 
     Raises:
         UsageError: if there is no such data.
     """
+    theirs = _environment(name)
+    return theirs if chosen in (None, theirs.get("name")) else {"name": chosen}
+
+
+def _environment(name: str) -> dict[str, Any]:
     kind, _, rest = name.partition(":")
     if kind != "minari":
         return {}
