@@ -73,7 +73,7 @@ def test_a_mazes_own_settings_are_diffusers_alone():
     maze = default_config("maze:medium-multi", None)
     assert (maze.env.name, maze.model.horizon) == ("maze:medium-multi", 255)
     assert default_config("maze:medium-multi", "diffuser") == maze
-    for method in ("mbdpo", "tdmpc2", "mbdpo-tdmpc2"):
+    for method in ("valdi-q", "mbdpo", "tdmpc2", "mbdpo-tdmpc2"):
         config = default_config("maze:umaze", method)
         validate(config)
         assert config.env.name == "maze:umaze"
@@ -89,6 +89,16 @@ def test_the_authors_mbdpo_is_tdmpc2_with_another_search_and_an_energy():
     assert (theirs.planner.kind, theirs.planner.answer) == ("mbdpo", "mean")
     assert set(theirs.learn.terms) == {*base.learn.terms, "energy"}
     assert (theirs.env, theirs.collect) == (base.env, base.collect)
+
+
+def test_valdi_q_has_tdmpc2s_critics_and_search_and_the_tasks_world_model():
+    task, ours, theirs = (default_config("pendulum", name) for name in (None, "valdi-q", "tdmpc2"))
+    assert (ours.planner, ours.collect) == (theirs.planner, theirs.collect)
+    assert ours.model.networks == theirs.model.networks
+    assert set(ours.learn.terms) == {*theirs.learn.terms, "sigreg"}
+    for name in ("dynamics", "encoder", "latent_dim", "transformer_width", "normalize"):
+        assert getattr(ours.model, name) == getattr(task.model, name)
+    assert ours.learn.ema_rate == task.learn.ema_rate
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -160,12 +160,22 @@ def checked(config):
         ({"model": {"encoder": "simplex"}}, "need each other"),
         ({"model": {"bins": 1}}, "must be 0 or at least 2"),
         ({"planner": {"policy_candidates": 64}}, "must be below --planner.candidates"),
-        ({"planner": {"answer": "sample"}}, "is for --planner.kind mppi"),
+        ({"planner": {"kind": "icem", "answer": "sample"}}, "kind mppi: give best or mean"),
+        ({"planner": {"kind": "diffuser", "candidates": 4}}, "kind diffuser needs"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         checked(PRESETS["mbdpo"].replace(**change))
+
+
+@pytest.mark.parametrize("method", ["valdi-q", "tdmpc2"])
+def test_an_agent_searches_otherwise_without_options_of_the_other_search(method):
+    trained = PRESETS[method]
+    checked(trained.replace(planner={"kind": "mbdpo"}))  # its answer is its mean
+    checked(
+        trained.replace(planner={"kind": "cem", "answer": "mean", "candidates": 8, "elites": 4})
+    )
 
 
 @pytest.mark.parametrize("dynamics", ["diffusion", "mlp"])  # by trajectories, by steps

@@ -247,7 +247,7 @@ def checked(config):
         ({"collect": {"lag": 1}}, "--collect.lag"),
         ({"model": {"chunk": 2}}, "--model.chunk"),
         ({"model": {"horizon": 8, "unet": UNetConfig()}}, "--model.horizon"),
-        ({"planner": {"kind": "cem"}}, "--planner.kind diffuser"),
+        ({"planner": {"kind": "cem", "candidates": 2}}, "--planner.kind diffuser"),
         ({"learn": {"terms": ("plan", "reward")}}, "stands alone, without reward"),
         ({"learn": {"terms": ("plan",)}}, "give --learn.terms plan_value too"),
         ({"learn": {"encoder_rate": 0.5}}, "--learn.encoder-rate"),

@@ -76,13 +76,21 @@ class Agent:
         """Begin an episode, in all environments or in those of the given ``rows`` only.
 
         The episode's plans derive from ``key``, by default another one each episode.
+
+        Raises:
+            UsageError: if there are no such rows.
         """
         if rows is None:
             self._rows, self._key = None, key
             return
         if self._rows is None:
             raise UsageError("reset() of some rows needs an act() before it, which tells how many")
-        for row in np.arange(len(self._rows.left))[np.asarray(rows)].reshape(-1):
+        count = len(self._rows.left)
+        try:
+            chosen = np.arange(count)[np.asarray(rows)].reshape(-1)
+        except IndexError as error:
+            raise UsageError(f"reset() of rows {rows} of {count}: {error}") from error
+        for row in chosen:
             self._rows.begin(int(row), self._next_key() if key is None else key)
 
     def act(
@@ -134,7 +142,8 @@ class Agent:
     ) -> Plan:
         """The whole plan, with a leading axis if there are several observations.
 
-        Its actions are in [-1, 1]. What `act` does next stays the same.
+        Its actions are in [-1, 1]. ``key`` is split, so that each observation has its own. What `act`
+        does next stays the same.
         """
         batch, single = self._observe(observation)
         keys = jax.random.split(jax.random.key(0) if key is None else key, batch.lead[0])

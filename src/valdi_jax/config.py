@@ -289,8 +289,8 @@ class PlannerConfig:
     diffusion_steps: Count = 1
     """DDIM steps per imagined trajectory."""
     answer: Literal["best", "mean", "sample"] = "best"
-    """Return the best sequence of all iterations, the final elite mean (MBDPO: always), or, with
-    MPPI, an elite of the last iteration drawn by its weight, as in TD-MPC2."""
+    """Return the best sequence of all iterations (guided: always), the final elite mean (MBDPO:
+    always), or, with MPPI, an elite of the last iteration drawn by its weight, as in TD-MPC2."""
     policy_candidates: Natural = 0
     """MPPI and MBDPO: candidates that the policy prior rolls out, if there is one."""
     eta: Weight = 0.01
@@ -637,6 +637,10 @@ def validate(config: Config) -> None:
         if not holds:
             raise UsageError(f"{option} is {value}; it {wish}")
 
+    if config.diffuses_plans and planner.kind != "diffuser":
+        raise UsageError("--model.networks unet needs --planner.kind diffuser")
+    if not config.diffuses_plans and (planner.kind == "diffuser" or "plan_value" in model.networks):
+        raise UsageError("--planner.kind diffuser needs --model.networks unet")
     least = (config.segment_steps - 1) * env.action_repeat + 1
     require(
         not env.max_steps or env.max_steps >= least,
@@ -700,9 +704,9 @@ def validate(config: Config) -> None:
         "takes --collect.cluster, an address or local",
     )
     require(
-        planner.answer != "sample" or planner.kind == "mppi",
+        planner.answer != "sample" or planner.kind in ("mppi", "mbdpo", "guided"),
         *("--planner.answer", planner.answer),
-        "is for --planner.kind mppi",
+        "is for --planner.kind mppi: give best or mean",
     )
     if env.name != "carracing" and (env.downsample > 1 or config.learn.mirror):
         option = "--learn.mirror" if config.learn.mirror else "--env.downsample"
@@ -715,8 +719,6 @@ def validate(config: Config) -> None:
     if config.diffuses_plans:
         _validate_plans(config)
         return
-    if planner.kind == "diffuser" or "plan_value" in model.networks:
-        raise UsageError("--planner.kind diffuser needs --model.networks unet")
     if "q" in model.networks and "value" in config.learn.terms:
         raise UsageError("--model.networks q takes the place of the value: drop the term value")
     if (model.encoder == "simplex") != (model.dynamics == "simplex"):
@@ -733,7 +735,7 @@ def validate(config: Config) -> None:
         "must be a multiple of 8, the size of a simplex",
     )
     require(
-        planner.policy_candidates < planner.candidates or planner.kind == "guided",
+        planner.policy_candidates < planner.candidates or planner.kind not in ("mppi", "mbdpo"),
         *("--planner.policy-candidates", planner.policy_candidates),
         f"must be below --planner.candidates ({planner.candidates})",
     )
@@ -812,8 +814,6 @@ def _validate_plans(config: Config) -> None:
     for option, given in unused.items():
         if given:
             raise UsageError(f"{option} does nothing for Diffuser, which has its own networks")
-    if config.planner.kind != "diffuser":
-        raise UsageError("--model.networks unet needs --planner.kind diffuser")
     if config.model.chunk != 1:
         raise UsageError(f"--model.chunk is {config.model.chunk}; Diffuser plans single steps: 1")
     guided = "plan_value" in config.model.networks

@@ -67,9 +67,67 @@ _WALKER = _VECTOR.replace(
     eval={"every": 50, "episodes": 10},
 )
 
+# TD-MPC2's critics of actions, policy prior and search, on any world model, sized for two cores.
+_CRITICS: dict[str, dict[str, Any]] = {
+    "model": {"networks": ("q", "policy"), "horizon": 3, "chunk": 1, "bins": 101},
+    "planner": {
+        "kind": "mppi",
+        "answer": "sample",
+        "candidates": 64,
+        "elites": 16,
+        "iterations": 6,
+        "policy_candidates": 8,
+    },
+    "learn": {
+        "reward_weight": 0.1,
+        "value_weight": 0.1,
+        "updates_per_step": 1.0,
+        "reward_scale": 1.0,
+    },
+    # Untrained heads score all sequences alike: the first episodes explore by noise alone.
+    "collect": {"seed_noise": 1.0},
+}
+
+
+def _and(
+    changes: dict[str, dict[str, Any]], **further: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    return {part: changes.get(part, {}) | further.get(part, {}) for part in changes | further}
+
+
+# Its world model too.
+_TDMPC2 = _and(
+    _CRITICS,
+    model={
+        "encoder": "simplex",
+        "dynamics": "simplex",
+        "normalize": False,
+        "latent_dim": 128,
+        "encoder_width": 256,
+        "mlp_width": 256,
+        "reward_width": 256,
+        "value_width": 256,
+        "dropout": 0.01,
+        "rho": 0.5,
+    },
+    learn={
+        "terms": ("dynamics", "reward", "q", "policy"),
+        "diffusion_weight": 20.0,
+        "max_grad_norm": 20.0,
+        "encoder_rate": 0.3,
+        "ema_rate": 0.01,
+        "target_encoder": "online",
+        "td_encoder": "online",
+        "last_step": False,
+        "average": 0.0,
+    },
+)
+
 # What another method changes in an environment's own preset.
 _METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    # Its search, its energy and a policy prior on Valdi's world model, sized for two cores.
+    "valdi-q": _and(_CRITICS, learn={"terms": ("dynamics", "reward", "q", "sigreg", "policy")}),
+    "tdmpc2": _TDMPC2,
+    # MBDPO's search, its energy and a policy prior on Valdi's world model, sized for two cores.
     "mbdpo": {
         "model": {"networks": ("policy", "energy")},
         "planner": {
@@ -82,50 +140,13 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "learn": {"terms": ("dynamics", "reward", "value", "sigreg", "energy", "policy")},
         "collect": {"seed_noise": 1.0},
     },
-    # TD-MPC2's world model, critics, policy prior and MPPI, sized for two cores.
-    "tdmpc2": {
-        "model": {
-            "encoder": "simplex",
-            "dynamics": "simplex",
-            "networks": ("q", "policy"),
-            "normalize": False,
-            "horizon": 3,
-            "chunk": 1,
-            "latent_dim": 128,
-            "encoder_width": 256,
-            "mlp_width": 256,
-            "reward_width": 256,
-            "value_width": 256,
-            "bins": 101,
-            "dropout": 0.01,
-            "rho": 0.5,
-        },
-        "planner": {
-            "kind": "mppi",
-            "answer": "sample",
-            "candidates": 64,
-            "elites": 16,
-            "iterations": 6,
-            "policy_candidates": 8,
-        },
-        "learn": {
-            "terms": ("dynamics", "reward", "q", "policy"),
-            "diffusion_weight": 20.0,
-            "reward_weight": 0.1,
-            "value_weight": 0.1,
-            "max_grad_norm": 20.0,
-            "encoder_rate": 0.3,
-            "ema_rate": 0.01,
-            "target_encoder": "online",
-            "td_encoder": "online",
-            "last_step": False,
-            "updates_per_step": 1.0,
-            "reward_scale": 1.0,
-            "average": 0.0,
-        },
-        # Untrained heads score all sequences alike: the first episodes explore by noise alone.
-        "collect": {"seed_noise": 1.0},
-    },
+    # As MBDPO's authors have it: its search and its energy on TD-MPC2's world model and critics.
+    "mbdpo-tdmpc2": _and(
+        _TDMPC2,
+        model={"networks": ("q", "policy", "energy")},
+        planner={"kind": "mbdpo", "answer": "mean", "mbdpo": MBDPOConfig(steps=8)},
+        learn={"terms": ("dynamics", "reward", "q", "energy", "policy")},
+    ),
     # Diffuser's authors' values for locomotion; on recorded data.
     "diffuser": {
         "model": {
@@ -154,17 +175,6 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "replay": {"sampling": "step"},
         "eval": {"every": 50},
     },
-}
-
-_TDMPC2 = _METHODS["tdmpc2"]
-
-# As MBDPO's authors have it: its search and its energy on TD-MPC2's world model and critics.
-_METHODS["mbdpo-tdmpc2"] = {
-    "model": _TDMPC2["model"] | {"networks": ("q", "policy", "energy")},
-    "planner": _TDMPC2["planner"]
-    | {"kind": "mbdpo", "answer": "mean", "mbdpo": MBDPOConfig(steps=8)},
-    "learn": _TDMPC2["learn"] | {"terms": ("dynamics", "reward", "q", "energy", "policy")},
-    "collect": _TDMPC2["collect"],
 }
 
 PRESETS: dict[str, Config] = {

@@ -36,7 +36,7 @@ class Arguments:
     """Defaults to start from: paper (every value of the paper's Table 3), cpu (CarRacing in two
     hours of one core), tiny (a smoke run of about a minute), pendulum, mountaincar, lunarlander,
     bipedalwalker, bipedalwalker-hardcore, dmc, maze, maze:medium, maze:large, or gym (any other
-    environment); mbdpo, tdmpc2, mbdpo-tdmpc2 and diffuser are other methods, on any environment
+    environment); valdi-q, mbdpo, tdmpc2, mbdpo-tdmpc2 and diffuser are other methods, on any one
     (diffuser: of vectors, from recorded data, --data). By default the environment's own: paper for
     carracing."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

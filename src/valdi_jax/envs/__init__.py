@@ -66,7 +66,7 @@ def make_env(config: EnvConfig, *, training: bool, render_mode: str | None = Non
     elif config.name == "gym":
         raise UsageError(
             "the environment 'gym' is one that a program of your own makes: go on and score there "
-            "(train and evaluate take make=...), or name a registered one with --env gym:ID"
+            "(train and evaluate take make=...), or name one: --env pendulum, say, or --env gym:ID"
         )
     else:
         near = difflib.get_close_matches(config.name.lower(), ["carracing", *_NAMED], n=1)

@@ -353,8 +353,9 @@ class WorkerPool(Pool):
     def close(self) -> None:
         for worker in self._workers:
             worker.pipe.close()
+        deadline = time.monotonic() + 5  # of all together: one that still starts hears nothing
         for worker in self._workers:
-            worker.process.join(timeout=5)
+            worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
         self._end()
 
 
