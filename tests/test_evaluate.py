@@ -1,4 +1,5 @@
 import json
+import signal
 
 import jax
 import numpy as np
@@ -46,6 +47,19 @@ def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsy
         assert [e["length"] for e in result["episodes"]] == [60, 60]
         assert len({e["seed"] for e in result["episodes"]}) == 2
     assert f"{results[0]['mean']:.1f}" in capsys.readouterr().out
+
+
+def test_a_signal_keeps_what_is_scored(run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(
+        evaluate.ProgressBar, "update", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    )
+    assert evaluate.main([str(run), "--episodes", "3", "--json", str(path)]) == 130
+    (result,) = json.loads(path.read_text())["results"]
+    (episode,) = result["episodes"]
+    printed = capsys.readouterr()
+    assert f"{episode['return']:.1f}" in printed.out
+    assert "stopped after 1 of 3 episodes" in printed.err
 
 
 def test_an_earlier_checkpoint_can_be_evaluated(run, capsys):

@@ -142,8 +142,8 @@ class Agent:
     ) -> Plan:
         """The whole plan, with a leading axis if there are several observations.
 
-        Its actions are in [-1, 1]. ``key`` is split, so that each observation has its own. What `act`
-        does next stays the same.
+        Its actions are in [-1, 1]. Each observation's key is split from ``key``. What `act` does
+        next stays the same.
         """
         batch, single = self._observe(observation)
         keys = jax.random.split(jax.random.key(0) if key is None else key, batch.lead[0])

@@ -45,7 +45,8 @@ class Arguments:
     """Run directory (its newest checkpoint), one of its checkpoints, an exported agent, or the name
     of a bundled agent, such as carracing."""
     episodes: int = 100
-    """How many of the 100 fixed episodes (CarRacing: tracks) to run."""
+    """How many of the 100 fixed episodes (CarRacing: tracks) to run. Ctrl-C scores those driven so
+    far."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
     """DDIM steps to evaluate with, one evaluation for each (e.g. 1 2 4 8); by default the run's."""
     num_envs: int = 1
@@ -67,6 +68,7 @@ def evaluate(
     num_envs: int = 1,
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
     first: int = 0,
     keep_observations: bool = False,
 ) -> list[Rollout]:
@@ -81,7 +83,8 @@ def evaluate(
         episodes: how many, 1 .. 100.
         num_envs: environments stepped in parallel.
         make: called as ``make(config.env, training=False)`` for an environment.
-        on_decision: called before every planner call.
+        on_decision: called before every planner call; an exception ends the evaluation.
+        on_rollout: called with every finished rollout.
         first: number of the episode to begin with.
         keep_observations: whether episodes hold what the planner saw, and the last observation.
 
@@ -108,6 +111,7 @@ def evaluate(
             config=config,
             keep_observations=keep_observations,
             on_decision=on_decision,
+            on_rollout=on_rollout,
         )
     finally:
         pool.close()
@@ -196,24 +200,14 @@ def main(argv: Sequence[str]) -> int:
             print(f"warning: no video: {reason}", file=sys.stderr)
 
     results = []
-    console = Console(stderr=True)
     print(f"{agent.name}, {arguments.episodes} episodes")
     print(f"{'steps':>6}{'mean':>9}{'+- SE':>8}{'median':>9}{'IQM':>9}{'plan ms':>9}")
     for each in configs:
         steps = each.planner.diffusion_steps
-        with ProgressBar(console=console, transient=True) as bar:
-            longest = -(-config.episode_steps // config.model.chunk)  # 0 if not known
-            total = arguments.episodes * longest / arguments.num_envs or None
-            task = bar.add_task("evaluating", total=total)
-            done = filmed if each is configs[0] else []
-            rollouts = done + evaluate(
-                params,
-                each,
-                episodes=arguments.episodes,
-                num_envs=arguments.num_envs,
-                on_decision=functools.partial(bar.advance, task),
-                first=len(done),
-            )
+        rollouts = list(filmed) if each is configs[0] else []
+        interrupted = _score(arguments, params, each, rollouts)
+        if not rollouts:
+            return 130
         numbers = summary([result.episode.episode_return for result in rollouts])
         error = numbers["standard_error"]
         noise = "" if error is None else f"{error:.1f}"
@@ -241,7 +235,47 @@ def main(argv: Sequence[str]) -> int:
         )
         if arguments.json:
             write_json(arguments.json, {"checkpoint": agent.name, "results": results})
+        if interrupted:
+            print(
+                f"stopped after {len(rollouts)} of {arguments.episodes} episodes", file=sys.stderr
+            )
+            return 130
     return 0
+
+
+def _score(arguments: Arguments, params: Params, config: Config, rollouts: list[Rollout]) -> bool:
+    """Add those that are missing to the rollouts; returns whether a signal ended it before."""
+    longest = -(-config.episode_steps // config.model.chunk)  # 0 if not known
+    total = arguments.episodes * longest / arguments.num_envs or None
+    with (
+        cli.interruptible() as check,
+        ProgressBar(console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task("evaluating", total=total)
+
+        def on_decision() -> None:
+            check()
+            bar.advance(task)
+
+        def on_rollout(rollout: Rollout) -> None:
+            rollouts.append(rollout)
+            mean = np.mean([each.episode.episode_return for each in rollouts])
+            bar.update(task, description=f"mean {mean:.1f} of {len(rollouts)}")
+
+        first = len(rollouts)
+        try:
+            rollouts[first:] = evaluate(  # in order
+                params,
+                config,
+                episodes=arguments.episodes,
+                num_envs=arguments.num_envs,
+                on_decision=on_decision,
+                on_rollout=on_rollout,
+                first=first,
+            )
+        except cli.Interrupted:
+            return True
+    return False
 
 
 def command() -> None:

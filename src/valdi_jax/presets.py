@@ -67,8 +67,10 @@ _WALKER = _VECTOR.replace(
     eval={"every": 50, "episodes": 10},
 )
 
+_Changes = dict[str, dict[str, Any]]  # of a configuration's sections
+
 # TD-MPC2's critics of actions, policy prior and search, on any world model, sized for two cores.
-_CRITICS: dict[str, dict[str, Any]] = {
+_CRITICS: _Changes = {
     "model": {"networks": ("q", "policy"), "horizon": 3, "chunk": 1, "bins": 101},
     "planner": {
         "kind": "mppi",
@@ -89,14 +91,12 @@ _CRITICS: dict[str, dict[str, Any]] = {
 }
 
 
-def _and(
-    changes: dict[str, dict[str, Any]], **further: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _with(changes: _Changes, **further: dict[str, Any]) -> _Changes:
     return {part: changes.get(part, {}) | further.get(part, {}) for part in changes | further}
 
 
 # Its world model too.
-_TDMPC2 = _and(
+_TDMPC2 = _with(
     _CRITICS,
     model={
         "encoder": "simplex",
@@ -124,8 +124,8 @@ _TDMPC2 = _and(
 )
 
 # What another method changes in an environment's own preset.
-_METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "valdi-q": _and(_CRITICS, learn={"terms": ("dynamics", "reward", "q", "sigreg", "policy")}),
+_METHODS: dict[str, _Changes] = {
+    "valdi-q": _with(_CRITICS, learn={"terms": ("dynamics", "reward", "q", "sigreg", "policy")}),
     "tdmpc2": _TDMPC2,
     # MBDPO's search, its energy and a policy prior on Valdi's world model, sized for two cores.
     "mbdpo": {
@@ -141,7 +141,7 @@ _METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "collect": {"seed_noise": 1.0},
     },
     # As MBDPO's authors have it: its search and its energy on TD-MPC2's world model and critics.
-    "mbdpo-tdmpc2": _and(
+    "mbdpo-tdmpc2": _with(
         _TDMPC2,
         model={"networks": ("q", "policy", "energy")},
         planner={"kind": "mbdpo", "answer": "mean", "mbdpo": MBDPOConfig(steps=8)},

@@ -105,6 +105,7 @@ def roll_out(
     groups: int = 1,
     keep_observations: bool = True,
     on_decision: Callable[[], None] = lambda: None,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:
     """Roll out one episode per job, the planner batched over the pool's environments.
 
@@ -120,6 +121,7 @@ def roll_out(
         groups: of environments; one is planned for while the others step.
         keep_observations: whether episodes hold all observations, or only the last.
         on_decision: called before every planner call; an exception ends the rollouts.
+        on_rollout: called with every finished one.
 
     Returns: the episodes in the order of the jobs.
 
@@ -136,7 +138,11 @@ def roll_out(
     carries = [first_carries(width, config) for _ in parts]
     while waiting or any(under_way):
         for group, (part, slots) in enumerate(zip(parts, under_way, strict=True)):
-            for lost in _receive(pool, slots, finished, keep_observations):
+            ended, losing = _receive(pool, slots, keep_observations)
+            finished |= ended
+            for rollout in ended.values():
+                on_rollout(rollout)
+            for lost in losing:
                 losses[lost.number] += 1
                 if losses[lost.number] == _EPISODE_LOSSES:
                     raise StoppedError(
@@ -188,16 +194,17 @@ def roll_out(
 
 
 def _receive(
-    pool: Pool, slots: dict[int, _Slot], finished: dict[int, Rollout], keep_observations: bool
-) -> list[_Slot]:
+    pool: Pool, slots: dict[int, _Slot], keep_observations: bool
+) -> tuple[dict[int, Rollout], list[_Slot]]:
     """Add the results of the environments' chunks to their slots.
 
-    Returns: the slots that lost their environment.
+    Returns: the finished rollouts by their numbers, and the slots that lost their environment.
     """
     start = time.perf_counter()
     answers = pool.receive(list(slots))
     seconds = time.perf_counter() - start
     lost = [slots.pop(index) for index in sorted(slots.keys() - answers.keys())]
+    finished: dict[int, Rollout] = {}
     for index, steps in answers.items():
         slot = slots[index]
         slot.observations += steps.observations
@@ -209,7 +216,7 @@ def _receive(
         if steps.terminated or steps.truncated:
             finished[slot.number] = slot.finish(steps.terminated, steps.truncated)
             del slots[index]
-    return lost
+    return finished, lost
 
 
 @dataclasses.dataclass
