@@ -52,7 +52,7 @@ def test_every_episode_is_written_for_every_number_of_steps(run, tmp_path, capsy
 def test_a_signal_keeps_what_is_scored(run, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
     monkeypatch.setattr(
-        evaluate.ProgressBar, "update", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+        evaluate.ProgressBar, "update", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     )
     assert evaluate.main([str(run), "--episodes", "3", "--json", str(path)]) == 130
     (result,) = json.loads(path.read_text())["results"]

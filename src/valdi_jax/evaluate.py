@@ -273,6 +273,7 @@ def _score(arguments: Arguments, params: Params, config: Config, rollouts: list[
                 on_rollout=on_rollout,
                 first=first,
             )
+            check()  # a signal since the last decision
         except cli.Interrupted:
             return True
     return False

@@ -95,7 +95,7 @@ def _with(changes: _Changes, **further: dict[str, Any]) -> _Changes:
     return {part: changes.get(part, {}) | further.get(part, {}) for part in changes | further}
 
 
-# Its world model too.
+# The same, and TD-MPC2's world model.
 _TDMPC2 = _with(
     _CRITICS,
     model={
