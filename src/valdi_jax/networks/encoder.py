@@ -48,16 +48,18 @@ def _standardize(image: Array) -> Array:
     return (x - on_last_axis(mean, image)) / on_last_axis(std, image)
 
 
-def image_features(image: Array, config: ModelConfig, *, zero_bias: bool = False) -> Array:
+def image_features(image: Array, config: ModelConfig, *, normed: bool = False) -> Array:
     """Convolve images, uint8 [..., height, width, channels] -> [..., features].
 
-    Called in a module, which then holds the convolutions. ``zero_bias`` starts their biases at 0.
+    Called in a module, which then holds the convolutions. ``normed`` puts a LayerNorm over the
+    channels before each GELU.
     """
     x = _standardize(image.reshape((-1, *image.shape[-3:])))
     shapes = convolutions(*x.shape[1:3])
     channels = layer_channels(config, len(shapes))
     for i, (features, shape) in enumerate(zip(channels, shapes, strict=True)):
-        x = gelu(Conv(features, *shape, zero_bias, name=f"conv_{i}")(x))
+        x = Conv(features, *shape, name=f"conv_{i}")(x)
+        x = gelu(layer_norm(name=f"norm_{i}")(x) if normed else x)
     return x.reshape((*image.shape[:-3], -1))
 
 

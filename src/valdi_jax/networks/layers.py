@@ -163,18 +163,16 @@ class Conv(nn.Module):
     kernel: tuple[int, int]
     stride: int
     padding: int
-    zero_bias: bool = False  # whether it starts without
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        random_bias = uniform_init(math.prod(self.kernel) * x.shape[-1])
         return nn.Conv(
             self.features,
             self.kernel,
             strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
             kernel_init=_kernel_init,
-            bias_init=nn.initializers.zeros if self.zero_bias else random_bias,
+            bias_init=uniform_init(math.prod(self.kernel) * x.shape[-1]),
             conv_general_dilated=convolve,
             name="conv",
         )(x)

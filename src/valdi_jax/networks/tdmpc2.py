@@ -60,7 +60,7 @@ class NormedMLP(nn.Module):
 class SimplexEncoder(nn.Module):
     """Observation ``[..., ]`` -> latent ``[..., D]`` on simplices.
 
-    TD-MPC2's for vectors; images pass the convolutions of the paper's encoder, not TD-MPC2's.
+    TD-MPC2's for vectors; images pass the convolutions of the paper's encoder, with LayerNorm.
     """
 
     config: ModelConfig
@@ -70,9 +70,9 @@ class SimplexEncoder(nn.Module):
         width = self.config.encoder_width
         embeddings = []
         if observation.image is not None:
-            # The paper's biases hide what differs between images; SIGReg undoes that, and SimNorm
-            # does not: the latents stay equal.
-            x = image_features(observation.image, self.config, zero_bias=True)
+            # Without norms, each convolution shrinks what differs between images. SIGReg undoes
+            # that, and SimNorm does not: the latents stay equal, and no reward can be told.
+            x = image_features(observation.image, self.config, normed=True)
             embeddings.append(NormedLinear(width, name="image_embedding")(x))
         if observation.vector is not None:
             x = observation.vector.astype(jnp.float32)
