@@ -27,8 +27,8 @@ EPISODES = 24
 WAYS = ("plain", "workers", "lag", "device")
 
 
-def start(directory, way="plain", **options):
-    command = [sys.executable, HERE / "train_toy.py", directory, str(EPISODES), way]
+def start(directory, way="plain", episodes=EPISODES, **options):
+    command = [sys.executable, HERE / "train_toy.py", directory, str(episodes), way]
     with open(directory.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_heed, **options)
 
@@ -39,8 +39,8 @@ def _heed():
         signal.signal(signum, signal.SIG_DFL)
 
 
-def finish(directory, way="plain"):
-    process = start(directory, way)
+def finish(directory, way="plain", episodes=EPISODES):
+    process = start(directory, way, episodes)
     assert process.wait(timeout=600) == 0, directory.with_suffix(".log").read_text()
 
 
@@ -69,11 +69,12 @@ def straight(tmp_path_factory):
     """A run without faults in each way, made when asked for."""
     made = {}
 
-    def make(way="plain"):
-        if way not in made:
-            made[way] = tmp_path_factory.mktemp("runs") / f"straight-{way}"
-            finish(made[way], way)
-        return made[way]
+    def make(way="plain", episodes=EPISODES):
+        name = f"straight-{way}-{episodes}"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("runs") / name
+            finish(made[name], way, episodes)
+        return made[name]
 
     return make
 
@@ -83,7 +84,7 @@ def saved_episodes(directory):
     return max([int(path.name) for path in checkpoint.checkpoints(directory)], default=0)
 
 
-def end_at_random_moments(directory, way, rng, times, signum):
+def end_at_random_moments(directory, way, rng, times, signum, episodes=EPISODES):
     """Start the run repeatedly, and end it each time at some moment by a signal.
 
     Returns: the episodes saved at each end; fewer if the run finished.
@@ -91,8 +92,8 @@ def end_at_random_moments(directory, way, rng, times, signum):
     each = 2 if way in ("workers", "lag") else 1  # episodes of a round
     saved, stopped = [], 0
     for _ in range(times):
-        goal = saved_episodes(directory) + rng.integers(1, 8)
-        process = start(directory, way)
+        goal = saved_episodes(directory) + rng.integers(1, episodes // 3)
+        process = start(directory, way, episodes)
         while process.poll() is None and saved_episodes(directory) < goal:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))  # an episode or two, each with a checkpoint
@@ -103,7 +104,7 @@ def end_at_random_moments(directory, way, rng, times, signum):
         status = process.wait(timeout=120)
         if signum != signal.SIGKILL:
             # It may just have ended by itself, and be leaving the interpreter.
-            whole = saved_episodes(directory) == EPISODES
+            whole = saved_episodes(directory) == episodes
             assert status == 130 or (status in (0, -signum) and whole), status
             stopped += status == 130
         newest = checkpoint.latest(directory)
@@ -117,24 +118,29 @@ def end_at_random_moments(directory, way, rng, times, signum):
 
 
 @pytest.mark.parametrize(
-    ("way", "kills"),
+    ("way", "kills", "episodes"),
     [
-        ("plain", 2),
-        *(pytest.param(way, 50 if way == "plain" else 17, marks=pytest.mark.slow) for way in WAYS),
+        ("plain", 2, 12),
+        *(
+            pytest.param(way, 50 if way == "plain" else 17, EPISODES, marks=pytest.mark.slow)
+            for way in WAYS
+        ),
     ],
 )
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(straight, tmp_path, way, kills):
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
+    straight, tmp_path, way, kills, episodes
+):
     rng = np.random.default_rng([kills, *way.encode()])
     saved = []
     while len(saved) < kills:  # at most five per run, each after some of its episodes
         directory = tmp_path / f"run-after-{len(saved)}"
         moments = end_at_random_moments(
-            directory, way, rng, min(kills - len(saved), 5), signal.SIGKILL
+            directory, way, rng, min(kills - len(saved), 5), signal.SIGKILL, episodes
         )
         saved += moments
-        finish(directory, way)
-        assert content(directory) == content(straight(way))
-        assert metrics(directory) == metrics(straight(way))
+        finish(directory, way, episodes)
+        assert content(directory) == content(straight(way, episodes))
+        assert metrics(directory) == metrics(straight(way, episodes))
         count(f"SIGKILL, {way}", times=len(moments))
     if kills == 50:  # they include the full ring, its order by number
         assert any(10 < episodes < 15 for episodes in saved), saved

@@ -33,7 +33,7 @@ def test_your_environment_trains_as_written(tmp_path, monkeypatch, optimized):
     printed = done.stdout
     summary = ast.literal_eval(printed[printed.rindex("{") :])
     # Standing still costs a distance of about 1 at each of the 30 steps.
-    assert summary["mean"] > -10
+    assert summary["mean"] > -15
     assert (tmp_path / "runs/reach/checkpoints/00000040").is_dir()
 
     names = runpy.run_path("reach.py")
