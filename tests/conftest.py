@@ -30,7 +30,10 @@ PARITY = Path(__file__).parent / "parity"
 
 # Most programs here run for milliseconds: an update then compiles in 1.5 s instead of 8. XLA aborts
 # on flags that it does not know: drop one that a later version lacks.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 
 
 def pytest_configure(config):

@@ -58,12 +58,13 @@ def objective_and_view(
 ) -> tuple[Array, tuple[dict[str, Array], View | PlanView]]:
     """`objective`, and the encoded batch for the terms that take a step of their own."""
     view: View | PlanView
+    metrics: dict[str, Array] = {}
     if config.diffuses_plans:
         view = look_at_plans(params, batch, config=config)
     else:
         view = look(params, ema_params, batch, draws, config=config)
+        metrics["latent/std"] = view.z.std(axis=0).mean()
     losses: dict[str, Array] = {}
-    metrics: dict[str, Array] = {}
     for name in config.learn.terms:
         if TERMS[name].after:
             continue
