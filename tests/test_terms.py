@@ -30,7 +30,7 @@ def gradients(config):
             return evaluate(name, params, state.ema_params, view, draws, config=config)[0]
         return objective(params, state.ema_params, random_batch(), draws, config=config)[0]
 
-    return jax.grad(loss)(params)
+    return jax.jit(jax.grad(loss))(params)  # op by op, hundreds of programs would compile
 
 
 @pytest.mark.parametrize(
