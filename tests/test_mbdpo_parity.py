@@ -230,9 +230,8 @@ def test_the_energy(ref, pairing, config):
 @pytest.mark.usefixtures("_whole_segments")
 def test_losses_and_gradients(ref):
     n = ref.n
-    (total, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
-        ref.params, ref.ema, ref.batch, ref.draws, config=ASIS
-    )
+    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnames="config")
+    (total, metrics), grads = gradient(ref.params, ref.ema, ref.batch, ref.draws, config=ASIS)
     for ours, theirs in (
         ("dynamics", "consistency"),
         ("reward", "reward"),

@@ -92,5 +92,7 @@ def test_targets_are_the_encoders_latents_without_gradient():
     expected = encode(params, observations, config=config)
     latents = encode_targets(params, observations, config=config)
     np.testing.assert_allclose(latents, expected, atol=1e-5)
-    grads = jax.grad(lambda p: encode_targets(p, observations, config=config).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: encode_targets(p, observations, config=config).sum()))(
+        params
+    )
     assert all(not np.any(g) for g in jax.tree.leaves(grads))

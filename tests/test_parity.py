@@ -133,7 +133,8 @@ def test_losses(parity):
 
 
 def test_gradients(parity):
-    grads = jax.grad(objective, has_aux=True)(
+    gradient = jax.jit(jax.grad(objective, has_aux=True), static_argnames="config")
+    grads = gradient(
         parity.params, parity.ema_params, parity.batch, parity.draws, config=parity.config
     )[0]
     assert_close(optax.tree.norm(grads), parity["grad_global_norm"], 1e-4)

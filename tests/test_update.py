@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -160,6 +161,16 @@ def test_no_gradient_reaches_the_targets(dynamics, td_encoder):
     assert all(not np.any(g) for g in jax.tree.leaves(ema_grads))
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def gradient(state, batch, draws, *, config):
+    """Of the objective; op by op, hundreds of programs would compile."""
+
+    def loss(params):
+        return objective(params, state.ema_params, batch, draws, config=config)[0]
+
+    return jax.grad(loss)(state.params)
+
+
 @pytest.mark.parametrize("td_encoder", ["online", "ema"])
 def test_observations_after_the_first_do_not_train_the_encoder(td_encoder):
     config = configured(td_encoder=td_encoder)
@@ -169,9 +180,7 @@ def test_observations_after_the_first_do_not_train_the_encoder(td_encoder):
     vector = random_batch().observations.vector.copy()
     vector[:, 0] = 0
     batch = random_batch().replace(observations=Observation(vector=vector))
-    grads = jax.grad(lambda p: objective(p, state.ema_params, batch, draws, config=config)[0])(
-        state.params
-    )
+    grads = gradient(state, batch, draws, config=config)
     layer = grads["encoder"]["vector_embedding"]["linear_0"]["dense"]
     assert not np.any(layer["kernel"])
     assert np.any(layer["bias"])
@@ -181,9 +190,7 @@ def test_the_encoder_is_trained_through_the_first_observation():
     config = configured()
     state = init_state(jax.random.key(0), EXAMPLE, config=config)
     draws = draw(jax.random.key(1), 8, config=config)
-    grads = jax.grad(
-        lambda p: objective(p, state.ema_params, random_batch(), draws, config=config)[0]
-    )(state.params)
+    grads = gradient(state, random_batch(), draws, config=config)
     assert all(np.any(g) for g in jax.tree.leaves(grads["encoder"]))
     assert all(np.any(g) for g in jax.tree.leaves(grads["value"]))
 
@@ -220,12 +227,6 @@ def test_nothing_beyond_an_episodes_end_is_learnt(dynamics, td_encoder):
     def beyond(ours, theirs, first):
         return np.concatenate([ours[:, :first], theirs[:, first:]], axis=1)
 
-    def gradient(batch):
-        def loss(params):
-            return objective(params, state.ema_params, batch, draws, config=config)[0]
-
-        return jax.grad(loss)(state.params)
-
     # Chunk 2 leads to observation 3, the terminal one. The actions stay: the dynamics sees them all
     # at once, though it learns from none beyond the end.
     changed = batch.replace(
@@ -236,12 +237,18 @@ def test_nothing_beyond_an_episodes_end_is_learnt(dynamics, td_encoder):
     )
     if dynamics == "diffusion":  # later latents are noised and seen, but never regressed
         changed = batch.replace(rewards=changed.rewards)
-    chex.assert_trees_all_close(gradient(changed), gradient(batch), atol=1e-7)
+    chex.assert_trees_all_close(
+        gradient(state, changed, draws, config=config),
+        gradient(state, batch, draws, config=config),
+        atol=1e-7,
+    )
     earlier = batch.replace(rewards=beyond(batch.rewards, other.rewards, 2))
     assert any(
         np.any(a != b)
         for a, b in zip(
-            jax.tree.leaves(gradient(earlier)), jax.tree.leaves(gradient(batch)), strict=True
+            jax.tree.leaves(gradient(state, earlier, draws, config=config)),
+            jax.tree.leaves(gradient(state, batch, draws, config=config)),
+            strict=True,
         )
     )
 
