@@ -131,6 +131,7 @@ def test_rows_begin_only_where_there_are_some(toy):
         toy.reset(0)
     toy.act({"vector": np.zeros((3, 2))})
     toy.reset((0, 2))
+    toy.reset([])
     with pytest.raises(UsageError, match=r"rows \[1, 3\] of 3"):
         toy.reset([1, 3])
     with pytest.raises(UsageError, match="of no environments"):

@@ -28,7 +28,7 @@ from valdi_jax.config import EnvConfig
 from valdi_jax.data.source import Environments
 from valdi_jax.envs import interface_of, make_env, own_env
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.envs.workers import Stepper, WorkerPool
+from valdi_jax.envs.workers import Stepper, WorkerPool, make_pool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.networks.normalizer import init_normalizer, merge
 from valdi_jax.run import checkpoint
@@ -189,6 +189,15 @@ def test_a_reader_gets_the_next_checkpoint_where_a_run_has_replaced_one(run, mon
 
     monkeypatch.setattr(checkpoint, "read_params", replaced)
     assert set(agent.load()) == {"encoder", "dynamics", "reward", "value"}
+    assert agent.name == str(moved)
+
+
+def test_a_reader_reads_the_checkpoint_that_it_named(run):
+    agent = checkpoint.open_agent(run)
+    newest = checkpoint.latest(run)
+    shutil.copytree(newest, newest.with_name("00000009"))
+    agent.load()
+    assert agent.name == str(newest)
 
 
 def test_a_listing_leaves_out_what_a_run_deletes_meanwhile(run, monkeypatch, capsys):
@@ -609,6 +618,20 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
     assert program.wait(timeout=120) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["collect"]["episodes"] == 6
     assert checkpoint.latest(tmp_path / "run").name == "00000006"
+
+
+def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(CONFIG, tmp_path / "run", make=make_counting, console=Console(file=Full()))
+    assert checkpoint.latest(tmp_path / "run").name == "00000006"
+
+
+def test_a_pool_of_no_environments_is_refused():
+    with pytest.raises(UsageError, match="number of environments is 0"):
+        make_pool(make_counting, 0, example=None, chunk=1)
 
 
 def test_what_a_run_was_doing_does_not_stay_on_the_screen():

@@ -89,6 +89,16 @@ def test_a_rollout_can_be_recorded(run, tmp_path, suffix):
     assert np.any(frames[0] != frames[-1])
 
 
+def test_a_signal_while_filming_ends_the_evaluation(run, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, on_decision, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        on_decision()
+
+    monkeypatch.setattr(evaluate, "record_video", interrupted)
+    assert evaluate.main([str(run), "--episodes", "1", "--video", str(tmp_path / "x.gif")]) == 130
+    assert "episodes" not in capsys.readouterr().out
+
+
 def test_an_environment_that_cannot_be_drawn_is_scored_all_the_same(
     run, tmp_path, monkeypatch, capsys
 ):

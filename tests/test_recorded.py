@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from toy import CONFIG, make_counting
 
+from valdi_jax import record as record_module
 from valdi_jax.agent import Agent
 from valdi_jax.checkpoint import main as checkpoint_main
 from valdi_jax.config import DiffuserConfig, EnvConfig, UNetConfig, require_terms, validate
@@ -116,7 +117,11 @@ def test_actions_are_scaled_from_the_environments_bounds():
         ({"rewards": np.full(30, np.inf)}, "a reward is not finite"),
         ({"rewards": []}, "no step"),
         ({"observations": {"vector": np.zeros((31, 3), np.float32)}}, r"shape \(3,\)"),
-        ({"observations": {"vector": np.zeros((20, 2), np.float32)}}, "out of bounds"),
+        ({"observations": {"vector": np.zeros((20, 2), np.float32)}}, "20 observations for 30"),
+        ({"observations": {"vector": np.zeros((32, 2), np.float32)}}, "32 .* rewards, not 31"),
+        ({"terminations": np.arange(30) == 4}, "ends before its last step"),
+        ({"truncations": np.arange(30) == 4}, "ends before its last step"),
+        ({"terminations": np.zeros(29, bool)}, "flags are not one a step"),
         ({"observations": {"other": np.zeros((31, 2), np.float32)}}, "'vector' is missing"),
     ],
 )
@@ -216,6 +221,16 @@ def test_it_goes_on_in_the_environment_with_the_data(offline, tmp_path):
     run(tmp_path / "parts", online.replace(collect={"episodes": 2}), init_from=directory)
     resumed, _ = run(tmp_path / "parts", online, resume=True)
     jax.tree.map(np.testing.assert_array_equal, state.replace(key=0), resumed.replace(key=0))
+
+
+def test_other_given_data_change_the_normaliser(tmp_path):
+    config = OFFLINE.replace(
+        model={"normalize": True}, collect={"episodes": 1, "epoch": 1}, eval={"every": 0}
+    )
+    first, _ = run(tmp_path / "first", config)
+    second, _ = run(tmp_path / "second", config, [recorded(seed=9)], init_from=tmp_path / "first")
+    known, counted = (float(each.params["normalizer"]["count"]) for each in (first, second))
+    assert counted == known + 31
 
 
 def test_diffusers_moving_average_starts_late_and_acts(tmp_path):
@@ -333,7 +348,9 @@ def test_a_runs_replay_becomes_a_dataset(tmp_path, datasets, capsys):
 def test_a_replay_of_images_is_refused(tmp_path, datasets, monkeypatch):
     directory = tmp_path / "run"
     config = CONFIG.replace(env={"name": "carracing"})
-    monkeypatch.setattr(checkpoint, "open_agent", lambda _: StoredAgent("", config, dict))
+    monkeypatch.setattr(
+        checkpoint, "open_agent", lambda _: StoredAgent("", config, lambda: ({}, ""))
+    )
     monkeypatch.setattr(checkpoint, "locate", lambda _: (directory, directory))
     monkeypatch.setattr(checkpoint, "verify", lambda _: [])
     with pytest.raises(UsageError, match="only a replay of vectors"):
@@ -500,6 +517,76 @@ def test_a_signal_ends_a_recording_and_keeps_it(datasets):
     episodes = list(minari.load_dataset("pendulum/cut-v0").iterate_episodes())
     assert [len(each.rewards) for each in episodes] == [5, 2]
     np.testing.assert_allclose(returns, [each.rewards.sum() for each in episodes], rtol=1e-6)
+
+
+class Failing(Stopped):
+    """Stands still until it fails."""
+
+    def act(self, observation):
+        if self.left == 2:
+            raise RuntimeError("simulator")
+        return super().act(observation)
+
+
+def test_an_error_ends_a_recording_and_keeps_it(datasets):
+    import minari
+
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+    with pytest.raises(RuntimeError, match="simulator"):
+        record(env, Failing(), "pendulum/cut-v0", episodes=9)
+    assert minari.load_dataset("pendulum/cut-v0").total_episodes == 1
+
+
+def test_a_recording_that_a_signal_ends_has_another_status(datasets, monkeypatch, capsys):
+    monkeypatch.setattr(record_module, "_Random", lambda *_: Stopped())
+    assert record_main(["minari:pendulum/cut-v0", "--episodes", "9", "--env", "pendulum"]) == 130
+    assert "stopped after 1 of 9" in capsys.readouterr().err
+
+
+def test_a_name_that_is_taken_meanwhile_keeps_its_data(datasets):
+    import minari
+
+    env = gym.make("Pendulum-v1", max_episode_steps=5)
+
+    class Slower(Still):
+        def reset(self):
+            record(env, Still(), "pendulum/both-v0", episodes=1)
+
+    with pytest.raises(UsageError, match="exists already"):
+        record(
+            gym.make("Pendulum-v1", max_episode_steps=5), Slower(), "pendulum/both-v0", episodes=1
+        )
+    assert minari.load_dataset("pendulum/both-v0").total_episodes == 1
+
+
+class Frames(gym.Env):
+    """Noise as images."""
+
+    observation_space = gym.spaces.Box(0, 255, (32, 32, 9), np.uint8)
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.integers(0, 256, (32, 32, 9), np.uint8), {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, False, False, {}
+
+
+def test_frames_are_recorded_as_the_agent_sees_them(datasets):
+    import minari
+
+    seen = []
+
+    class Watching(Still):
+        def act(self, observation):
+            seen.append(observation)
+            return super().act(observation)
+
+    env = gym.wrappers.TimeLimit(Frames(), 4)
+    record(env, Watching(), "toy/frames-v0", episodes=1)
+    (episode,) = minari.load_dataset("toy/frames-v0").iterate_episodes()
+    np.testing.assert_array_equal(episode.observations[:-1], np.stack(seen))
 
 
 def test_a_failed_write_leaves_nothing(datasets, monkeypatch):

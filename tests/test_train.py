@@ -162,6 +162,12 @@ def test_a_video_that_cannot_be_recorded_costs_no_training(tmp_path):
     assert "no video" in output
 
 
+def test_a_run_that_ends_before_its_first_update_says_so(tmp_path):
+    config = CONFIG.replace(collect={"seed_episodes": 2})
+    assert "2 episodes end before the first update" in run(tmp_path / "few", 2, config=config)[1]
+    assert "before the first" not in run(tmp_path / "enough", 3, config=config)[1]
+
+
 def test_every_metric_is_explained(straight):
     explained = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     for name in ("metrics", "evaluations"):

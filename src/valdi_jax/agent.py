@@ -42,9 +42,10 @@ class Agent:
         self._make = make
         self._factory = functools.partial(own_env, make, config.env, training=False)
         self._interface = interface_of(self._factory)
+        name = "the agent"
         # A run takes the size of its actions from its environment, too.
         self.config = config.replace(model={"action_dim": self._interface.action_dim})
-        given = StoredAgent("the agent", self.config, lambda: params)
+        given = StoredAgent(name, self.config, lambda: (params, name))
         self.params = given.load(self._interface.example)
         self._episodes = 0  # begun, for the keys
         self._rows: _Rows | None = None
@@ -86,8 +87,10 @@ class Agent:
         if self._rows is None:
             raise UsageError("reset() of some rows needs an act() before it, which tells how many")
         count = len(self._rows.left)
+        index = np.asarray(rows)
+        index = index if index.size else index.astype(int)  # an empty list is of floats
         try:
-            chosen = np.arange(count)[np.asarray(rows)].reshape(-1)
+            chosen = np.arange(count)[index].reshape(-1)
         except IndexError as error:
             raise UsageError(f"reset() of rows {rows} of {count}: {error}") from error
         for row in chosen:

@@ -193,9 +193,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.video:
         video_writer(arguments.video)  # raises before anything else is done
         try:
-            filmed = [record_video(params, configs[0], arguments.video)]
+            with cli.interruptible() as stop:
+                filmed = [record_video(params, configs[0], arguments.video, on_decision=stop)]
             score = filmed[0].episode.episode_return
             print(f"{arguments.video}: a rollout with return {score:.1f}")
+        except cli.Interrupted:
+            return 130
         except UsageError as reason:
             print(f"warning: no video: {reason}", file=sys.stderr)
 

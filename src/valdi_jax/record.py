@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,35 +107,40 @@ def record(
         env_config: of the environment: training on the data takes its name and settings from
             them. Without it, the environment's Gymnasium id.
 
-    Ctrl-C ends the recording after the step under way, which its episode ends with.
+    Ctrl-C ends the recording after the step under way, which its episode ends with. An error of the
+    environment or the controller ends it likewise, and is raised once the data are written.
 
-    Returns: the episodes' returns [episodes].
+    Returns: the episodes' returns, fewer than ``episodes`` after Ctrl-C.
 
     Raises:
         UsageError: if Minari is missing, the name is not one of its, or taken.
     """
     minari = _minari()
     _check_name(name)
-    collector = minari.DataCollector(env, data_format="hdf5")
+    # Minari's default stores frames as JPEG, and training would see others than the agent does.
+    collector = minari.DataCollector(env, data_format="hdf5", jpeg_encoding=False)
     returns: list[float] = []
+    failure: Exception | None = None
     # A signal waits for the collector, which may be writing an episode.
-    with (
-        cli.interruptible() as check,
-        contextlib.suppress(KeyboardInterrupt, cli.Interrupted),  # keep what there is
-    ):
-        for number in each(range(episodes)):
-            controller.reset()
-            observation, _ = collector.reset(seed=seed + number)
-            over, total = False, 0.0
-            while not over:
-                check()
-                action = controller.act(observation)
-                observation, reward, terminated, truncated, _ = collector.step(action)
-                total += float(reward)
-                returns[number:] = [total]
-                over = terminated or truncated
+    with cli.interruptible() as check:
+        try:
+            for number in each(range(episodes)):
+                controller.reset()
+                observation, _ = collector.reset(seed=seed + number)
+                over, total = False, 0.0
+                while not over:
+                    check()
+                    action = controller.act(observation)
+                    observation, reward, terminated, truncated, _ = collector.step(action)
+                    total += float(reward)
+                    returns[number:] = [total]
+                    over = terminated or truncated
+        except (KeyboardInterrupt, cli.Interrupted):  # keep what there is
+            pass
+        except Exception as error:
+            failure = error
     if not returns:
-        raise KeyboardInterrupt
+        raise failure or KeyboardInterrupt
     with _whole(name):
         dataset = collector.create_dataset(
             name,
@@ -145,6 +151,8 @@ def record(
         if env_config is not None:
             dataset.storage.update_metadata(metadata_of(env_config))
     collector.close()
+    if failure is not None:
+        raise failure
     return np.array(returns)
 
 
@@ -216,6 +224,7 @@ def write_replay(run: Path, name: str) -> np.ndarray:
 @contextlib.contextmanager
 def _whole(name: str) -> Iterator[None]:
     """Write a dataset, or leave nothing of it."""
+    _check_name(name)  # again: another process may have taken it meanwhile, whose data stay
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # author, address: for datasets to publish
@@ -307,6 +316,9 @@ def main(argv: Sequence[str]) -> int:
         env_config=config.env,
     )
     _say(name, returns)
+    if len(returns) < arguments.episodes:
+        print(f"stopped after {len(returns)} of {arguments.episodes} episodes", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -159,9 +159,17 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
         raise ValueError(f"it has {len(actions)} actions for {steps} rewards")
     if not np.isfinite(actions).all():
         raise ValueError("an action is not finite")
+    counts = _counts(recorded.observations)
+    if counts != {steps + 1}:
+        found = " and ".join(map(str, sorted(counts)))
+        raise ValueError(f"it has {found} observations for {steps} rewards, not {steps + 1}")
+    for flags in (recorded.terminations, recorded.truncations):
+        ends = np.asarray(flags, bool).reshape(-1)
+        if len(ends) != steps or ends[:-1].any():
+            raise ValueError("it ends before its last step, or its flags are not one a step")
     kept = [*range(0, steps, stride), steps]
     observations = interface.observe_all(_rows(recorded.observations, kept))
-    terminated = bool(np.asarray(recorded.terminations)[-1])
+    terminated = bool(np.asarray(recorded.terminations).reshape(-1)[-1])
     return Episode(
         observations=observations,
         actions=actions,
@@ -170,6 +178,13 @@ def _to_episode(recorded: Any, interface: Interface, stride: int) -> Episode:
         truncated=not terminated,
         seed=0,
     )
+
+
+def _counts(observations: Any) -> set[int]:
+    """Of the observations in arrays, in each of a dict of them, or in a list."""
+    if isinstance(observations, dict):
+        return set().union(*map(_counts, observations.values()))
+    return {len(observations)}
 
 
 def _rows(observations: Any, rows: list[int]) -> Any:

@@ -28,10 +28,11 @@ import gymnasium as gym
 import numpy as np
 
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.errors import StoppedError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.observation import Observation
 
 _FIRST_ANSWER = 600.0  # more seconds for a first answer: imports, simulator start
+_LONGEST_WAIT = 1e6  # seconds: the system refuses some longer ones
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _WORKER_LOSSES = 3  # consecutive losses of one worker before giving up
 
@@ -312,7 +313,8 @@ class WorkerPool(Pool):
         for index in indices:
             worker = self._workers[index]
             try:
-                if not worker.pipe.poll(max(0.0, self._deadlines[index] - time.monotonic())):
+                left = self._deadlines[index] - time.monotonic()
+                if not worker.pipe.poll(min(max(0.0, left), _LONGEST_WAIT)):
                     raise TimeoutError(f"no answer in {self._timeout:g} s")
                 answer = worker.pipe.recv()
             except (EOFError, OSError) as error:
@@ -398,7 +400,13 @@ def make_pool(
     last_only: bool = False,
     timeout: float = 60.0,
 ) -> Pool:
-    """A pool of ``size`` environments; a single one stays in this process."""
+    """A pool of ``size`` environments; a single one stays in this process.
+
+    Raises:
+        UsageError: if there are none.
+    """
+    if size < 1:
+        raise UsageError(f"the number of environments is {size}; it must be above 0")
     if size == 1:
         return LocalPool(factory, last_only=last_only)
     return WorkerPool(

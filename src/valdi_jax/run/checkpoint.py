@@ -476,19 +476,19 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     return path, None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class StoredAgent:
     """A trained agent on disk.
 
     Attributes:
-        name: where it is.
+        name: where it is; after `load`, the checkpoint that was read.
         config: the configuration that it was trained with.
         made_by: name of the custom factory of its environments, if any.
     """
 
     name: str
     config: Config
-    read: Callable[[], Params]
+    read: Callable[[], tuple[Params, str]]
     made_by: str | None = None
 
     def load(
@@ -506,7 +506,8 @@ class StoredAgent:
         Raises:
             UsageError: if it is damaged, or naming the first parameter that does not fit.
         """
-        params = jax.tree.map(jnp.asarray, self.read())
+        read, self.name = self.read()
+        params = jax.tree.map(jnp.asarray, read)
         if fresh is not None:
             networks = (config or self.config).model.networks
             params = {name: fresh[name] for name in networks if name in fresh} | params
@@ -528,7 +529,8 @@ def open_agent(where: Path | str) -> StoredAgent:
     exported = agents.locate(where)
     if exported is not None:
         config, params, trained = agents.load(exported)
-        return StoredAgent(str(where), config, lambda: params, trained.get("made_by"))
+        name = str(where)
+        return StoredAgent(name, config, lambda: (params, name), trained.get("made_by"))
     run_dir, found = locate(where)
     if not run_dir.exists():
         raise UsageError(
@@ -539,14 +541,15 @@ def open_agent(where: Path | str) -> StoredAgent:
     made_by = (identity(run_dir) or {}).get("made_by")
     first = found or latest(run_dir)
 
-    def read() -> Params:
+    def read() -> tuple[Params, str]:
+        chosen = first
         for _ in range(_READS):
-            chosen = found or latest(run_dir)
             try:
-                return read_params(chosen)
+                return read_params(chosen), str(chosen)
             except (UsageError, OSError):
                 if found or chosen.exists():  # else the run has replaced it
                     raise
+            chosen = latest(run_dir)
         raise UsageError(f"{run_dir} replaces its checkpoints faster than they can be read")
 
     return StoredAgent(str(first), config, read, made_by)

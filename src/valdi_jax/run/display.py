@@ -48,6 +48,8 @@ class Display:
         except (BrokenPipeError, SystemExit):  # the reader closed the pipe: rich exits, train on
             self._console.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except OSError:  # a full disk under the output, or a terminal that is gone: train on
+            pass
 
     def episode(self, record: dict[str, Any]) -> None:
         """Show a finished episode's metrics."""

@@ -90,8 +90,9 @@ def train(
         if resume:
             checkpoint.load_config(run_dir)  # raises before anything is made
         recorded = source.recorded()
-        if given is not None and agent.config.collect.data != config.collect.data:
-            for episode in recorded:  # which its normaliser has not seen
+        named = config.collect.data
+        if given is not None and (named == GIVEN or named != agent.config.collect.data):
+            for episode in recorded:  # which its normaliser has not seen, as far as names tell
                 given = observe(given, episode.observations.vector)
         _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
         signalled = stack.enter_context(cli.interruptible())
@@ -133,6 +134,9 @@ def train(
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):
             reporter.say(f"warning: {sentence}")
+        total, seeds = config.collect.episodes, config.collect.seed_episodes
+        if total <= seeds and not recorded:
+            reporter.say(f"note: {total} episodes end before the first update, after {seeds}")
         if init_from is not None:
             for name in sorted(set(config.model.networks) - set(trained)):
                 reporter.say(f"note: {name} starts untrained: {init_from} has none")
