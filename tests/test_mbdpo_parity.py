@@ -215,7 +215,7 @@ def test_the_energy(ref, pairing, config):
         params = ref.params | {"energy": net}
         return energy.loss(params, ref.ema, view, ref.draws["energy"], config=config)
 
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(ref.params["energy"])
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(ref.params["energy"])
     close(value, n[f"energy_{pairing}_loss"])
     close(metrics["energy/replayed"], n[f"energy_{pairing}_positive_logits"].mean())
     close(metrics["energy/negative"], n[f"energy_{pairing}_negative_logits"].mean())
@@ -267,7 +267,7 @@ def test_the_policy_and_its_gradient(ref):
         params = ref.params | {"policy": net}
         return policy.loss(params, ref.ema, view, ref.draws["policy"], config=ASIS)
 
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(ref.params["policy"])
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(ref.params["policy"])
     close(value, n["loss_actor"])
     close(metrics["policy/q_range"], n["actor_scale"][0])
     close(metrics["policy/entropy"], n["actor_entropy_mean"])
