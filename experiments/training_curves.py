@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
                 low, high = interval(curves)
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             panel.set_xlabel(name)
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k
+            if name != "hours":
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k
     named = {"episode/return": "training return", "memory/host_gb": "resident memory, GB"}
     label = named.get(arguments.metric, arguments.metric)
     panels[0].set_ylabel(label + (f", mean of {arguments.window}" if arguments.window > 1 else ""))

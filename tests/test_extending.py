@@ -43,3 +43,7 @@ def test_a_dynamics_a_planner_and_a_term_from_outside_train_and_resume(tmp_path)
     (tmp_path / "main.py").write_text(more)
     run(["main.py"])
     assert len(read_jsonl(directory / "metrics.jsonl")) == 7
+    evaluation = ["-m", "valdi_jax.evaluate", "runs/extended", "--episodes", "1", "--env.import"]
+    paths = {"PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *evaluation, "linear", "inverse", "sampling"]
+    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | paths)

@@ -54,7 +54,7 @@ class Arguments:
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every episode's seed, return and length to this file."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
-    """Modules to import first, which register environments with Gymnasium."""
+    """Modules to import first, which register environments, world models, planners or terms."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Record the first episode (.gif or .mp4)."""
     planner: PlannerConfig = dataclasses.field(default_factory=PlannerConfig)
@@ -148,6 +148,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
     agent = checkpoint.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
     config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
+    import_modules(arguments.imports)  # they may register the planner and the world model
     config = dataclasses.replace(config, planner=arguments.planner)
     if arguments.diffusion_steps and config.diffuses_plans:
         raise UsageError("--diffusion-steps: Diffuser takes all of --model.unet.timesteps")
@@ -163,7 +164,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     arguments, agent = parse_arguments(argv)
-    import_modules(arguments.imports)
     config = agent.config
     compilation.cache_compilations()
     configs = [

@@ -48,7 +48,7 @@ class Arguments:
     seed: int = 0
     """Seed of the first episode; the others follow it."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
-    """Modules to import first, which register environments with Gymnasium."""
+    """Modules to import first, which register environments, world models, planners or terms."""
 
 
 class Controller(Protocol):

@@ -47,7 +47,7 @@ class Arguments:
     """Start a new run from the parameters of a run, a checkpoint, an exported agent or a bundled
     one; without --preset, with its settings as well. Networks that it lacks start untrained."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="env.import", metavar="MODULE")] = ()
-    """Modules to import first, which register environments with Gymnasium."""
+    """Modules to import first, which register environments, world models, planners or terms."""
     log: tuple[Literal["wandb"], ...] = ()
     """Where to log besides the run directory: wandb (Weights & Biases, extra wandb)."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
