@@ -118,6 +118,19 @@ def test_an_observation_that_does_not_fit_is_named(toy, observation, message):
         toy.act(observation)
 
 
+def test_what_reset_returns_is_no_observation(pendulum):
+    pendulum.reset()
+    with pytest.raises(UsageError, match="the tuple is no observation"):
+        pendulum.act((np.zeros(3, np.float32), {}))
+
+
+def test_no_episodes_cannot_be_evaluated(pendulum):
+    with pytest.raises(UsageError, match="not 0"):
+        pendulum.evaluate(episodes=0)
+    with pytest.raises(UsageError, match="number of environments is 0"):
+        pendulum.evaluate(episodes=1, num_envs=0)
+
+
 def test_another_number_of_environments_needs_a_reset(toy):
     toy.reset()
     toy.act({"vector": np.zeros((2, 2))})

@@ -166,7 +166,11 @@ class Agent:
             return jax.tree.map(lambda x: x[None], observation) if single else observation, single
         if isinstance(observation, Mapping):
             observation = dict(observation)
-        count = self._interface.count(observation)
+        try:
+            count = self._interface.count(observation)
+        except ValueError as error:  # what NumPy makes no array of, such as (observation, info)
+            kind = type(observation).__name__
+            raise UsageError(f"the {kind} is no observation, nor several stacked ones") from error
         each = [observation]
         if count == 0:
             raise UsageError("the observation has a leading axis of no environments")

@@ -89,7 +89,11 @@ def evaluate(
         keep_observations: whether episodes hold what the planner saw, and the last observation.
 
     Returns: one rollout per episode, in order; by default with only its last observation.
+
+    Raises:
+        UsageError: if there are no such episodes, or no environments.
     """
+    evaluation_seeds(episodes)  # raises before anything is made
     if first >= episodes:
         return []
     factory = functools.partial(own_env, make, config.env, training=False)
