@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
+from valdi_jax import cli
 from valdi_jax.compilation import cache_compilations
 from valdi_jax.data.collector import Collector
 from valdi_jax.data.source import Environments, evaluation_jobs
@@ -21,12 +23,12 @@ from valdi_jax.envs import make_env
 from valdi_jax.run.checkpoint import open_agent
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("agent", help="a run, an exported agent or a bundled one")
     parser.add_argument("--actors", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--episodes", type=int, default=4, help="of each actor")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cache_compilations()
     agent = open_agent(Path(arguments.agent))
     for actors in arguments.actors:
@@ -59,4 +61,4 @@ def run(collector: Collector, params, count: int) -> tuple[float, int]:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    cli.run(main)

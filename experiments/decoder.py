@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import evidence
 import flax
 import jax
 import jax.numpy as jnp
@@ -351,9 +352,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--half", action="store_true", help="store float16")
     parser.add_argument("--quick", action="store_true", help="a trial of a minute")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        vars(arguments).update(QUICK)
+    arguments = evidence.parse(parser, argv, QUICK)
     for name in ("episodes", "validation", "epochs", "num_envs", "batch_size", "learning_rate"):
         value = getattr(arguments, name)
         if not value > 0:

@@ -223,9 +223,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a trial: 1 step, 2 pairs, a short episode"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        vars(arguments).update(QUICK)
+    arguments = evidence.parse(parser, argv, QUICK)
     for option, value, least in (
         ("--steps", min(arguments.steps), 1),
         ("--rollouts", arguments.rollouts, SHOWN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -9,7 +10,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,17 @@ from valdi_jax.types import Array, Batch, Plan
 
 HERE = Path(__file__).parent
 ENCODED = 64  # observations per pass of the encoder
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], quick: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Parse a command line with ``--quick``, which changes defaults: options given overrule it."""
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        parser.set_defaults(**quick)
+        arguments = parser.parse_args(argv)
+    return arguments
 
 
 class States(NamedTuple):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from valdi_jax import cli
+from valdi_jax.errors import UsageError
 from valdi_jax.run.log import read_jsonl
 
 METRICS = (
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args(argv)
 
+    if not (arguments.run / "config.json").is_file():
+        raise UsageError(f"{arguments.run} is not a run directory: it has no config.json")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     kept = {
         "metrics.jsonl": METRICS,

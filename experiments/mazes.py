@@ -173,13 +173,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results with what made them")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="plans over the maze (.png)")
     parser.add_argument("--quick", action="store_true", help="a trial of a minute")
-    arguments = parser.parse_args(argv)
+    arguments = evidence.parse(parser, argv, {"episodes": QUICK["episodes"]})
     if arguments.horizon is not None and arguments.horizon < 2:
         raise UsageError(f"--horizon is {arguments.horizon}; it must be above 1")
     if not 0 <= arguments.replan < float("inf"):
         raise UsageError(f"--replan is {arguments.replan}; it must be 0 or a distance")
-    if arguments.quick:
-        arguments.episodes = QUICK["episodes"]
     return arguments
 
 

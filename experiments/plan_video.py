@@ -401,9 +401,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".gif or .mp4")
     parser.add_argument("--quick", action="store_true", help="a trial: 4 decisions, 3 candidates")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        vars(arguments).update(QUICK)
+    arguments = evidence.parse(parser, argv, QUICK)
     if not 0 <= arguments.episode < 100:
         raise UsageError(f"--episode is {arguments.episode}; the fixed ones are 0 to 99")
     for name in ("decisions", "candidates"):

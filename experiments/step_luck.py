@@ -171,9 +171,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--draws", type=int, default=48, help="an even number")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a trial")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        vars(arguments).update(QUICK)
+    arguments = evidence.parse(parser, argv, QUICK)
     if arguments.draws < 2 or arguments.draws % 2:
         raise UsageError(f"--draws is {arguments.draws}; it must be even, and 2 or more")
     for name, least in (("states", 1), ("candidates", 2)):

@@ -240,12 +240,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a trial: short episodes, and by default 1 and 2 steps"
     )
-    arguments = parser.parse_args(argv)
+    arguments = evidence.parse(parser, argv, {"episodes": 2})
     steps_by_default = (1, 2, 4, 8)
     pairs, rollouts = 8, 100
     if arguments.quick:
         steps_by_default = (1, 2)
-        arguments.episodes, pairs, rollouts = 2, 2, 20
+        pairs, rollouts = 2, 20
     ways = sorted(set(arguments.steps or [(steps, 1) for steps in steps_by_default]))
     evaluation_seeds(arguments.episodes)  # raises
     agents = {name: evidence.load(name, "dynamics") for name in arguments.agents}

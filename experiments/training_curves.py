@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
     for argument in arguments.runs:
         label, _, directories = argument.partition("=")
+        if not directories:
+            raise UsageError(f"{argument} is not LABEL=RUN,...")
         runs = [
             read_run(Path(name), arguments.metric, arguments.window)
             for name in directories.split(",")

@@ -198,9 +198,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="a trial: 30 steps, 8 states")
-    arguments = parser.parse_args(argv)
-    if arguments.quick:
-        arguments.states, arguments.episodes, arguments.steps = 8, 1, 30
+    arguments = evidence.parse(parser, argv, {"states": 8, "episodes": 1, "steps": 30})
     rows = []
     for name in arguments.agents:
         amounts = {key: getattr(arguments, key) for key in ("states", "episodes", "steps")}

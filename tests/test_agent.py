@@ -63,6 +63,14 @@ def test_each_row_acts_as_alone(toy):
     np.testing.assert_allclose(np.stack(together, 1), np.array(alone), atol=1e-5)
 
 
+def test_a_list_of_observations_is_several(toy):
+    each = [{"vector": np.array([row, 0.5])} for row in range(2)]
+    toy.reset(key=jax.random.key(3))
+    listed = toy.act(each)
+    toy.reset(key=jax.random.key(3))
+    np.testing.assert_array_equal(listed, toy.act({"vector": np.array([[0, 0.5], [1, 0.5]])}))
+
+
 def test_a_row_begins_anew_while_the_others_go_on(toy):
     toy.reset()
     several = {"vector": np.zeros((2, 2))}
@@ -108,6 +116,8 @@ def test_a_whole_plan_does_not_change_what_comes_next(toy):
         ({"vector": np.zeros(3)}, r"'vector' has the shape \(3,\)"),
         ({"vector": np.zeros((2, 2, 2))}, "'vector' has the shape"),
         ({"vector": np.full(2, np.nan)}, "not finite"),
+        ([{"vector": np.zeros(2)}, {}], "the 2 observations differ: 'vector'"),
+        (({"vector": np.zeros(2)}, {}), "'vector' is missing"),
         (Observation(vector=np.zeros(3, np.float32)), r"vector has the shape \(3,\)"),
         (Observation(image=np.zeros((8, 8, 3), np.uint8)), "image has the shape"),
     ],

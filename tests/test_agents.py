@@ -218,6 +218,12 @@ def test_a_parameter_that_does_not_fit_is_named_and_nothing_is_made(run, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_an_agent_of_another_task_is_named(run, tmp_path):
+    other = NORMALIZED.replace(model={"value_width": 64}, env={"name": "other"})
+    with pytest.raises(UsageError, match=r"bias is \(32,\) there.*run is of toy, not other"):
+        go(tmp_path / "new", other, init_from=run)
+
+
 def test_init_from_brings_its_settings_unless_a_preset_is_given(run):
     arguments = parse_arguments(["--init-from", str(run), "--seed", "3"])
     assert arguments.config == dataclasses.replace(NORMALIZED, seed=3)

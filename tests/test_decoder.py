@@ -1,6 +1,6 @@
 """The pixel decoder: its network, its files and the script that trains it."""
 
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
@@ -30,11 +30,9 @@ SMALL = Decoder((8, 12), width=16, depth=1, heads=2, hidden=24)
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("decoder_script", ROOT / "experiments/decoder.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["decoder_script"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        return importlib.import_module("decoder")
 
 
 @pytest.fixture(scope="module")

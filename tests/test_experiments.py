@@ -1,5 +1,6 @@
 """The scripts of the paper's Figure 3 and Table 1: what they compute, keep and write."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -238,3 +239,23 @@ def test_the_band_of_training_curves_covers_what_runs_differ_by(script):
     low, high = interval(np.array([[0.0, 3.0], [1.0, 3.0], [2.0, 3.0]]))
     np.testing.assert_allclose([low[0], high[0]], [0, 2], atol=0.35)
     np.testing.assert_array_equal([low[1], high[1]], [3, 3])
+
+
+def test_a_trial_keeps_the_options_that_are_given(script):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--states", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--quick", action="store_true")
+    quick = {"states": 2, "pairs": 2}
+    parse = script("evidence").parse
+    assert vars(parse(parser, ["--states", "100"], quick))["pairs"] == 100
+    trial = parse(parser, ["--quick", "--states", "100"], quick)
+    assert (trial.states, trial.pairs) == (100, 2)
+
+
+def test_what_is_no_run_has_no_curve(script, tmp_path):
+    with pytest.raises(UsageError, match="mine is not LABEL=RUN"):
+        script("training_curves").main(["mine"])
+    with pytest.raises(UsageError, match="is not a run directory"):
+        script("keep_run").main([str(tmp_path), str(tmp_path / "kept")])
+    assert not (tmp_path / "kept").exists()

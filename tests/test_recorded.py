@@ -270,6 +270,7 @@ def checked(config):
         ({"learn": {"mirror": True}}, "--learn.mirror is for carracing"),
         ({"model": {"normalize": True}}, "--model.normalize does nothing"),
         ({"env": {"name": "pendulum", "pixels": 64}}, "--env.pixels is for dmc"),
+        ({"env": {"name": "pendulum", "frames": 4}}, "--env.frames is 4, but without --env.pixels"),
         ({"planner": {"precision": "bfloat16"}}, "--planner.precision does nothing"),
         ({"planner": {"answer": "sample"}}, "is for --planner.kind mppi"),
     ],
@@ -532,8 +533,9 @@ def test_an_error_ends_a_recording_and_keeps_it(datasets):
     import minari
 
     env = gym.make("Pendulum-v1", max_episode_steps=5)
-    with pytest.raises(RuntimeError, match="simulator"):
+    with pytest.raises(RuntimeError, match="simulator") as failure:
         record(env, Failing(), "pendulum/cut-v0", episodes=9)
+    assert failure.value.__notes__ == ["minari:pendulum/cut-v0 keeps the 1 episodes until then"]
     assert minari.load_dataset("pendulum/cut-v0").total_episodes == 1
 
 

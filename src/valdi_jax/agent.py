@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,10 @@ class Agent:
             return jax.tree.map(lambda x: x[None], observation) if single else observation, single
         if isinstance(observation, Mapping):
             observation = dict(observation)
+        # Not a tuple, such as the (observation, info) of reset().
+        listed = isinstance(observation, list) and len(observation) > 0
+        if listed and all(isinstance(one, Mapping) for one in observation):
+            observation = _stacked(observation)
         try:
             count = self._interface.count(observation)
         except ValueError as error:  # what NumPy makes no array of, such as (observation, info)
@@ -225,6 +229,19 @@ class _Rows:
         at = self._chunks.shape[1] - self.left
         self.left = self.left - 1
         return self._chunks[np.arange(len(at)), at]
+
+
+def _stacked(observations: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Several environments' parts, each with a leading axis.
+
+    Raises:
+        UsageError: if their names or shapes differ.
+    """
+    names = sorted(set().union(*observations))
+    try:
+        return {name: np.stack([one[name] for one in observations]) for name in names}
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"the {len(observations)} observations differ: {error}") from error
 
 
 def _fit(observation: Observation, example: Observation) -> bool:

@@ -74,7 +74,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _REPEAT = 0.5  # seconds in which `timeout` and shells may send the same signal twice
 _STOPPING = (
     "stopping after the step under way (the first ones compile for a while); "
-    "a second signal exits at once and saves nothing"
+    "a second signal exits at once, and what is not saved yet is lost"
 )
 
 

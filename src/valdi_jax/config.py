@@ -713,6 +713,8 @@ def validate(config: Config) -> None:
         raise UsageError(f"{option} is for carracing alone, not for {env.name}")
     if env.pixels and not env.name.startswith("dmc:"):
         raise UsageError(f"--env.pixels is for dmc:DOMAIN-TASK alone, not for {env.name}")
+    if env.frames != EnvConfig.frames and not env.pixels:
+        raise UsageError(f"--env.frames is {env.frames}, but without --env.pixels none are seen")
     require(96 % env.downsample == 0, "--env.downsample", env.downsample, "must divide 96")
     if config.learn.act == "ema" and config.learn.average:
         raise UsageError("--learn.act ema and --learn.average exclude one another")

@@ -152,6 +152,7 @@ def record(
             dataset.storage.update_metadata(metadata_of(env_config))
     collector.close()
     if failure is not None:
+        failure.add_note(f"minari:{name} keeps the {len(returns)} episodes until then")
         raise failure
     return np.array(returns)
 

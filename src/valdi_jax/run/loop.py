@@ -83,7 +83,13 @@ def train(
         if init_from is not None:
             first = _first_state(source)
             agent = checkpoint.open_agent(init_from)
-            params = agent.load(source.example, config=config, fresh=first.params)
+            try:
+                params = agent.load(source.example, config=config, fresh=first.params)
+            except UsageError as error:
+                theirs, ours = agent.config.env.name, config.env.name
+                if theirs == ours:
+                    raise
+                raise UsageError(f"{error} ({init_from} is of {theirs}, not {ours})") from error
             given = start_from(first, params)
             trained = agent.config.model.networks
         require_terms(config, trained)
