@@ -82,6 +82,12 @@ def test_a_mazes_own_settings_are_diffusers_alone():
     assert default_config("maze:umaze", "gym").model.normalize
 
 
+@pytest.mark.parametrize("method", ["valdi-q", "tdmpc2", "mbdpo-tdmpc2"])
+def test_critics_learn_from_one_step_also_where_values_learn_from_several(method):
+    assert PRESETS["cpu"].learn.td_lambda > 0
+    assert default_config("carracing", method).learn.td_lambda == 0
+
+
 def test_the_authors_mbdpo_is_tdmpc2_with_another_search_and_an_energy():
     theirs, base = (default_config("pendulum", name) for name in ("mbdpo-tdmpc2", "tdmpc2"))
     energy = {"networks": ("q", "policy", "energy")}

@@ -7,6 +7,7 @@ from toy import CONFIG
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.replay import Replay
 from valdi_jax.observation import Observation
+from valdi_jax.presets import default_config
 
 SPAN = CONFIG.segment_steps  # 18 environment steps
 
@@ -34,6 +35,16 @@ def filled(*episodes, capacity=10, bootstrap_terminal=True):
     for each in episodes:
         replay.add(each)
     return replay
+
+
+@pytest.mark.parametrize(("max_steps", "starts"), [(0, 68), (40, 68), (150, 99)])
+def test_a_limit_of_the_runs_own_episodes_cuts_no_recorded_ones(max_steps, starts):
+    """Diffuser's windows may reach beyond an end that comes before the longest episode's."""
+    config = default_config("pendulum", "diffuser").replace(env={"max_steps": max_steps})
+    replay = Replay(config, longest=100)
+    replay.give(episode(0, 100))
+    drawn = replay.draw(np.random.default_rng(0), 5000).steps[:, 0]
+    assert set(drawn) == set(range(starts))
 
 
 def sample(replay, seed, size):

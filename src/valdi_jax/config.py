@@ -541,8 +541,8 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of all randomness in the run."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all randomness in the run, of the 32 bits that a JAX key takes."""
 
     def replace(self, **sections: dict[str, Any]) -> Config:
         """A copy with some fields changed: ``config.replace(model={"chunk": 2})``.

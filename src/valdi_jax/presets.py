@@ -85,6 +85,7 @@ _CRITICS: _Changes = {
         "value_weight": 0.1,
         "updates_per_step": 1.0,
         "reward_scale": 1.0,
+        "td_lambda": 0.0,  # critics learn for the policy's actions, not for those replayed
     },
     # Untrained heads score all sequences alike: the first episodes explore by noise alone.
     "collect": {"seed_noise": 1.0},

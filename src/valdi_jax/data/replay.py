@@ -33,22 +33,24 @@ class Replay:
 
     Args:
         config: the run's configuration.
-        longest: steps of an episode at the most, where it does not say so; 0 if not known.
+        longest: steps of the longest recorded episode; 0 if there is none.
     """
 
     def __init__(self, config: Config, *, longest: int = 0):
         self._config = config
         self._own = _Ring(config.replay.capacity)
         self._recorded = _Ring()
-        self._longest = longest or sys.maxsize
+        self._longest = longest
 
     def add(self, episode: Episode) -> int:
         """Append an episode, replacing the oldest if full; returns its slot."""
-        return self._own.add(episode, self._starts(episode))
+        longest = self._config.episode_steps or self._longest
+        return self._own.add(episode, self._starts(episode, longest))
 
     def give(self, episode: Episode) -> int:
         """Append a recorded episode, which stays; returns its slot."""
-        return self._config.ring_slots + self._recorded.add(episode, self._starts(episode))
+        longest = max(self._config.episode_steps, self._longest)
+        return self._config.ring_slots + self._recorded.add(episode, self._starts(episode, longest))
 
     def __len__(self) -> int:
         return len(self._own.episodes) + len(self._recorded.episodes)
@@ -58,8 +60,10 @@ class Replay:
         """Whether there is any segment to draw."""
         return self._own.ready or self._recorded.ready
 
-    def _starts(self, episode: Episode) -> int:
+    def _starts(self, episode: Episode, longest: int) -> int:
         """Number of frames at which a segment of an episode can start.
+
+        ``longest`` is how many steps an episode can have, 0 if that is not known.
 
         Segments lie within their episode. If the TD target stops at terminal states, segments of a
         terminated episode may reach beyond its end, so that its last steps are drawn as often as
@@ -67,8 +71,12 @@ class Replay:
         """
         config = self._config
         if config.diffuses_plans:
-            longest, padding = config.episode_steps or self._longest, config.learn.plan.padding
-            return window_count(len(episode), config.segment_steps, longest, padding=padding)
+            return window_count(
+                len(episode),
+                config.segment_steps,
+                longest or sys.maxsize,
+                padding=config.learn.plan.padding,
+            )
         if episode.terminated and not config.learn.bootstrap_terminal:
             steps = len(episode)
         else:

@@ -36,6 +36,12 @@ TERMS: Registry[Term] = Registry(
 )
 
 
+def trains_encoder(config: Config) -> bool:
+    """Whether the encoder learns; one that does not could not follow its moving normaliser."""
+    learns = any("encoder" in TERMS[name].trains for name in config.learn.terms)
+    return learns and config.learn.encoder_rate > 0
+
+
 def objective(
     params: Params, ema_params: Params, batch: Batch, draws: Draws, *, config: Config
 ) -> tuple[Array, dict[str, Array]]:

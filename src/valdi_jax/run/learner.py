@@ -20,7 +20,7 @@ from valdi_jax.data.store import Store, store_episode, store_shapes
 from valdi_jax.data.windows import prepared
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.losses import TERMS
+from valdi_jax.losses import TERMS, trains_encoder
 from valdi_jax.model import NETWORKS
 from valdi_jax.observation import Observation
 from valdi_jax.planners import PLANNERS
@@ -130,8 +130,7 @@ class Learner:
             self._processes.tell("episode", checkpoint.pack_episode(episode))
         self._processes.progress()
         self.restore(episode)
-        # An encoder that does not learn could not follow its normaliser.
-        if any("encoder" in TERMS[name].trains for name in self._config.learn.terms):
+        if trains_encoder(self._config):
             self.state = observe(self.state, episode.observations.vector)
 
     def follow(self, interrupt: Callable[[], None]) -> None:

@@ -28,6 +28,7 @@ from valdi_jax.data.source import SOURCES, Progress, Source
 from valdi_jax.data.store import store_shapes
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
+from valdi_jax.losses import trains_encoder
 from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
@@ -97,8 +98,10 @@ def train(
             checkpoint.load_config(run_dir)  # raises before anything is made
         recorded = source.recorded()
         named = config.collect.data
-        if given is not None and (named == GIVEN or named != agent.config.collect.data):
-            for episode in recorded:  # which its normaliser has not seen, as far as names tell
+        if given is not None and trains_encoder(config):
+            # Its normaliser has seen the data that it learned from, as far as names tell.
+            known = named != GIVEN and named == agent.config.collect.data
+            for episode in () if known else recorded:
                 given = observe(given, episode.observations.vector)
         _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
         signalled = stack.enter_context(cli.interruptible())
