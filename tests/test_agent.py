@@ -1,6 +1,7 @@
 """`Agent`, and what `plan` says of arguments that do not fit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import CONFIG, make_counting
@@ -8,6 +9,8 @@ from toy import CONFIG, make_counting
 from valdi_jax import Agent, Observation, init_params, plan
 from valdi_jax.envs import evaluation_seeds
 from valdi_jax.errors import UsageError
+from valdi_jax.planners import PLANNERS
+from valdi_jax.planners.base import Found, Planner
 from valdi_jax.train import train
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
@@ -189,11 +192,23 @@ def test_an_agent_of_an_environment_of_ones_own_needs_its_factory(tmp_path):
         ({"key": jax.random.split(jax.random.key(0))}, "key is not a PRNG key"),
         ({"noise_std": np.zeros(3, np.float32)}, "noise_std has the shape"),
         ({"params": {"policy": {}}}, "params are not those of all networks"),
+        ({"obs": Observation(vector=np.zeros(3, np.float32))}, "obs does not fit the parameters"),
+        ({"obs": Observation(image=np.zeros((9, 9, 3), np.uint8))}, "obs does not fit the param"),
+        ({"carry": np.zeros(2)}, "carry is not that of a plan"),
     ],
 )
 def test_plan_names_the_argument_that_does_not_fit(params, change, message):
-    given = {"params": params, "obs": EXAMPLE, "key": jax.random.key(0), "noise_std": 0.0} | change
+    given = {"params": params, "obs": EXAMPLE, "key": jax.random.key(0)} | change
     with pytest.raises(UsageError, match=message):
-        plan(
-            given["params"], given["obs"], given["key"], config=CONFIG, noise_std=given["noise_std"]
-        )
+        plan(given.pop("params"), given.pop("obs"), given.pop("key"), config=CONFIG, **given)
+
+
+def test_a_search_of_another_shape_is_named(params, monkeypatch):
+    def search(problem, carry, key, *, config):
+        return Found(jnp.zeros(3), None, jnp.zeros(3), jnp.zeros(3)), carry
+
+    searcher = Planner(lambda shape, *, config: (), search, jnp.tanh)
+    monkeypatch.setitem(PLANNERS, "other", searcher)
+    config = CONFIG.replace(planner={"kind": "other"})
+    with pytest.raises(UsageError, match=r"other found a sequence of the shape \(3,\)"):
+        plan(params, EXAMPLE, jax.random.key(0), config=config)

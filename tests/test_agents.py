@@ -220,8 +220,13 @@ def test_a_parameter_that_does_not_fit_is_named_and_nothing_is_made(run, tmp_pat
 
 def test_an_agent_of_another_task_is_named(run, tmp_path):
     other = NORMALIZED.replace(model={"value_width": 64}, env={"name": "other"})
-    with pytest.raises(UsageError, match=r"bias is \(32,\) there.*run is of toy, not other"):
+    with pytest.raises(UsageError, match=r"is of toy, with --model\.value-width 32"):
         go(tmp_path / "new", other, init_from=run)
+
+
+def test_settings_of_another_task_are_named():
+    with pytest.raises(UsageError, match="carracing is of carracing, and its settings hold"):
+        parse_arguments(["--init-from", "carracing", "--env", "pendulum"])
 
 
 def test_init_from_brings_its_settings_unless_a_preset_is_given(run):

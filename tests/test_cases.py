@@ -423,6 +423,10 @@ def test_the_limit_asked_for_holds_for_environments_of_ones_own():
     def make(config, *, training):
         return Counting(max_steps=1000)
 
+    with pytest.raises(UsageError, match="holds each action for 1 steps"):
+        own_env(make, EnvConfig(max_steps=8, action_repeat=2), training=True)
+    with pytest.raises(UsageError, match="made no environment but None"):
+        own_env(lambda config, training: None, EnvConfig(), training=True)
     env = own_env(make, EnvConfig(max_steps=7), training=True)
     env.reset(seed=0)
     ends = [env.step(np.zeros(3, np.float32))[3] for _ in range(7)]

@@ -88,6 +88,11 @@ def test_critics_learn_from_one_step_also_where_values_learn_from_several(method
     assert default_config("carracing", method).learn.td_lambda == 0
 
 
+def test_a_part_that_a_configuration_lacks_is_named():
+    with pytest.raises(TypeError, match="no field lern"):
+        PRESETS["tiny"].replace(lern={"batch_size": 2})
+
+
 def test_the_authors_mbdpo_is_tdmpc2_with_another_search_and_an_energy():
     theirs, base = (default_config("pendulum", name) for name in ("mbdpo-tdmpc2", "tdmpc2"))
     energy = {"networks": ("q", "policy", "energy")}

@@ -23,7 +23,7 @@ def test_the_python_example_runs_as_printed(optimized):
 
 
 def test_your_environment_trains_as_written(tmp_path, monkeypatch, optimized):
-    (training,) = re.findall(
+    training, several = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/your-environment.md").read_text(), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
@@ -47,6 +47,11 @@ def test_your_environment_trains_as_written(tmp_path, monkeypatch, optimized):
         observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
         total, over = total + reward, terminated or truncated
     assert total > 0.7 * standing_still
+
+    drawn = names | {"agent": agent}
+    agent.reset()
+    exec(several, drawn)
+    assert drawn["truncated"].all()  # their third episodes end
 
 
 def test_every_file_that_the_readme_links_to_exists():

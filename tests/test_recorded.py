@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from toy import CONFIG, make_counting
+from toy import CONFIG, Counting, make_counting
 
 from valdi_jax import record as record_module
 from valdi_jax.agent import Agent
@@ -322,6 +322,10 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
     with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
         main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
+    with pytest.raises(UsageError, match="the data are of pendulum, not mountaincar"):
+        main(["--env", "mountaincar", *offline, "--data", "minari:pendulum/random-v0"])
+    with pytest.raises(UsageError, match="the run has pendulum, not mountaincar"):
+        main(["--resume", str(tmp_path / "run"), "--env", "mountaincar"])
     alone = parse_arguments(["--data", "minari:pendulum/random-v0", "--preset", "diffuser"])
     assert alone.config.env.name == "pendulum"
     assert alone.config.planner.kind == "diffuser"
@@ -481,6 +485,29 @@ def test_a_half_export_keeps_diffusers_scalers_whole(offline, tmp_path):
         tolerance = 0 if name == "scalers" else 1e-3
         close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
         jax.tree.map(close, tree, state.acting[name])
+
+
+def test_data_that_name_no_environment_need_one(datasets):
+    class Still3(Still):
+        def act(self, observation):
+            return np.zeros(3, np.float32)
+
+    data = ["--data", "minari:toy/mine-v0"]
+    record(gym.wrappers.TimeLimit(Counting(), 5), Still3(), "toy/mine-v0", episodes=1)
+    with pytest.raises(UsageError, match="does not say which environment"):
+        parse_arguments(data)
+    assert parse_arguments([*data, "--env", "pendulum"]).config.env.name == "pendulum"
+
+
+def test_what_minari_cannot_keep_is_refused_before_it_is_recorded(datasets):
+    gym.register("ByClass-v0", entry_point=Counting, max_episode_steps=5)
+    with pytest.raises(UsageError, match="as 'module:Class'"):
+        record(gym.make("ByClass-v0"), Still(), "toy/class-v0", episodes=1)
+
+
+def test_a_share_of_random_actions_needs_others(datasets):
+    with pytest.raises(UsageError, match="without one, all are random"):
+        record_main(["minari:pendulum/half-v0", "--env", "pendulum", "--random", "0.5"])
 
 
 def test_data_alone_must_be_named(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from test_update import EXAMPLE, configured, random_batch
 
 from valdi_jax import model
+from valdi_jax.errors import UsageError
 from valdi_jax.losses import TERMS, draw, evaluate, look, objective
 from valdi_jax.losses.base import regression
 from valdi_jax.updates import init_state
@@ -86,6 +87,14 @@ def test_a_term_that_does_not_train_the_encoder_sees_latents_without_gradient(mo
     for network, tree in gradients(configured(terms=("reward",))).items():
         moved = any(np.any(leaf) for leaf in jax.tree.leaves(tree))
         assert moved == (network == "reward"), network
+
+
+@pytest.mark.parametrize("answer", [jnp.zeros(()), (jnp.zeros(3), {}), (jnp.zeros(()),)])
+def test_a_term_that_returns_something_else_is_named(monkeypatch, answer):
+    term = TERMS["reward"]._replace(loss=lambda *_, config: answer)
+    monkeypatch.setitem(TERMS, "reward", term)
+    with pytest.raises(UsageError, match=r"terms reward: its loss has to return"):
+        gradients(configured())
 
 
 def test_the_order_of_terms_changes_no_draw():

@@ -15,11 +15,13 @@ import numpy as np
 from valdi_jax import planners
 from valdi_jax.config import Config
 from valdi_jax.data.rollout import Rollout, first_carries, plan_batch
+from valdi_jax.data.source import sized
 from valdi_jax.envs import interface_of, make_env, own_env
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.observation import Observation
 from valdi_jax.run.checkpoint import StoredAgent, open_agent
+from valdi_jax.run.video import record_video
 from valdi_jax.types import Array, Params, Plan
 
 
@@ -43,8 +45,7 @@ class Agent:
         self._factory = functools.partial(own_env, make, config.env, training=False)
         self._interface = interface_of(self._factory)
         name = "the agent"
-        # A run takes the size of its actions from its environment, too.
-        self.config = config.replace(model={"action_dim": self._interface.action_dim})
+        self.config = sized(config, self._interface)
         given = StoredAgent(name, self.config, lambda: (params, name))
         self.params = given.load(self._interface.example)
         self._episodes = 0  # begun, for the keys
@@ -158,6 +159,10 @@ class Agent:
         return evaluate(
             self.params, self.config, episodes=episodes, num_envs=num_envs, make=self._make
         )
+
+    def record_video(self, path: Path | str) -> Rollout:
+        """Record the first of the fixed episodes (see `valdi_jax.run.video.record_video`)."""
+        return record_video(self.params, self.config, path, make=self._make)
 
     def _observe(self, observation: Any) -> tuple[Observation, bool]:
         """Observations with a leading axis, and whether they had none."""

@@ -550,6 +550,9 @@ class Config:
         Raises:
             TypeError: if there is no such field.
         """
+        unknown = sections.keys() - {each.name for each in dataclasses.fields(self)}
+        if unknown:
+            raise TypeError(f"Config has no field {unknown.pop()}")
         return dataclasses.replace(
             self,
             **{

@@ -19,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from valdi_jax import cli, compilation
 from valdi_jax.config import Config, PlannerConfig, validate
 from valdi_jax.data.rollout import Rollout, roll_out
-from valdi_jax.data.source import evaluation_jobs
+from valdi_jax.data.source import evaluation_jobs, sized
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.envs import (
     evaluation_seeds,
@@ -98,7 +98,7 @@ def evaluate(
         return []
     factory = functools.partial(own_env, make, config.env, training=False)
     interface = interface_of(factory)
-    config = config.replace(model={"action_dim": interface.action_dim})
+    config = sized(config, interface)
     pool = make_pool(
         factory,
         num_envs,

@@ -21,6 +21,7 @@ from rich.progress import track
 from valdi_jax import cli, compilation
 from valdi_jax.config import EnvConfig
 from valdi_jax.data.recorded import metadata_of
+from valdi_jax.data.source import sized
 from valdi_jax.envs import import_modules, make_env, own_env
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
@@ -117,6 +118,10 @@ def record(
     """
     minari = _minari()
     _check_name(name)
+    try:
+        _ = env.spec and env.spec.to_json()  # data keep it
+    except ValueError as error:
+        raise UsageError(f"register the environment as 'module:Class': {error}") from error
     # Minari's default stores frames as JPEG, and training would see others than the agent does.
     collector = minari.DataCollector(env, data_format="hdf5", jpeg_encoding=False)
     returns: list[float] = []
@@ -188,7 +193,7 @@ def write_replay(run: Path, name: str) -> np.ndarray:
         raise UsageError(f"{run} sees images: only a replay of vectors can be written")
     if config.frame_stride > 1:
         raise UsageError(f"{run} stores an observation a chunk: --env.render-every step stores all")
-    config = config.replace(model={"action_dim": interface.action_dim})
+    config = sized(config, interface)
     buffers: list[EpisodeBuffer] = []
     returns = []
     for number in checkpoint.replay_digests(newest):
@@ -283,6 +288,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--random is {arguments.random}; it must be between 0 and 1")
     if not 0 <= arguments.seed < 2**31 - arguments.episodes:
         raise UsageError(f"--seed is {arguments.seed}; it must be from 0 to 2^31")
+    if arguments.random and arguments.agent is None:
+        raise UsageError("--random is of an agent's actions: without one, all are random")
     if arguments.episodes < 1:
         raise UsageError(f"--episodes is {arguments.episodes}; it must be above 0")
     given = [arguments.agent, arguments.env, arguments.replay]
@@ -325,8 +332,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _say(name: str, returns: np.ndarray) -> None:
     print(
-        f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f} +- "
-        f"{returns.std():.1f}, in {_root()}"
+        f"minari:{name}: {len(returns)} episodes, mean return {returns.mean():.1f}, "
+        f"standard deviation {returns.std():.1f}, in {_root()}"
     )
 
 

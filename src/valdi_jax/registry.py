@@ -30,5 +30,6 @@ class Registry(dict[str, T]):
 
     def __missing__(self, name: str) -> NoReturn:
         near = difflib.get_close_matches(name, self, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(self)}"
+        known = f"choose one of {', '.join(self)}, or --env.import the module that registers it"
+        hint = f"did you mean {near[0]!r}?" if near else known
         raise UsageError(f"{self._option}: unknown {name!r}; {hint}")

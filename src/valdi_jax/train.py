@@ -17,7 +17,7 @@ import gymnasium as gym
 import tyro
 
 from valdi_jax import cli
-from valdi_jax.config import Config
+from valdi_jax.config import Config, validate
 from valdi_jax.envs import import_modules, make_env
 from valdi_jax.errors import UsageError
 from valdi_jax.presets import default_config
@@ -55,10 +55,10 @@ class Arguments:
 
 def train(
     config: Config,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
-    init_from: Path | None = None,
+    init_from: Path | str | None = None,
     make: Callable[..., gym.Env] = make_env,
     console: Console | None = None,
     on_record: Callable[[dict[str, Any]], object] | None = None,
@@ -91,10 +91,10 @@ def train(
 
     return loop.train(
         config,
-        run_dir,
+        Path(run_dir),
         make=make,
         resume=resume,
-        init_from=init_from,
+        init_from=None if init_from is None else Path(init_from),
         console=console,
         on_record=on_record,
         data=data,
@@ -132,6 +132,14 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         prog="python -m valdi_jax.train",
         description="Train a Valdi agent.",
     )
+    if given and chosen is None and arguments.config.env.name != base.env.name:
+        try:
+            validate(arguments.config.replace(model={"action_dim": 1}))
+        except UsageError as error:
+            raise UsageError(
+                f"{error} ({given} is of {base.env.name}, and its settings hold unless there is a "
+                "--preset)"
+            ) from error
     if resumed and arguments.run_dir:
         raise UsageError("--run-dir and --resume exclude each other: a run stays where it is")
     return arguments
@@ -144,7 +152,13 @@ def _environment(argv: Sequence[str]) -> dict[str, Any]:
         return {} if env is None else {"name": env}
     from valdi_jax.data.recorded import environment_of
 
-    return environment_of(data, env)
+    theirs = environment_of(data, env)
+    if not theirs and _value_of("--init-from", argv) is None:
+        raise UsageError(
+            f"{data} does not say which environment it is of: give --env, or train(..., make=...) "
+            "from a program"
+        )
+    return theirs
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

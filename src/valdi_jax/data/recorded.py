@@ -41,7 +41,13 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
             raise UsageError(
                 f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not {ours}"
             )
-    return to_episodes(recorded, interface, config, name)
+    try:
+        return to_episodes(recorded, interface, config, name)
+    except UsageError as error:
+        theirs = environment_of(name).get("name", config.env.name)
+        if theirs == config.env.name:
+            raise
+        raise UsageError(f"{error} (the data are of {theirs}, not {config.env.name})") from error
 
 
 def metadata_of(env: EnvConfig) -> dict[str, str]:

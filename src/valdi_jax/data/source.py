@@ -25,6 +25,7 @@ from valdi_jax.envs import (
     interface_of,
     own_env,
 )
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import Pool, make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
@@ -86,6 +87,31 @@ class Source(Protocol):
         """Release its resources."""
 
 
+def sized(config: Config, interface: Interface) -> Config:
+    """A configuration with the sizes of an environment's actions and, for Diffuser, states.
+
+    Raises:
+        UsageError: if Diffuser cannot plan with its observations.
+    """
+    sizes, example = {"action_dim": interface.action_dim}, interface.example
+    if config.diffuses_plans:
+        goal = config.model.unet.goal
+        if example.image is not None or example.vector is None:
+            raise UsageError("--model.networks unet plans with vector observations, not images")
+        sizes["state_dim"] = example.vector.size - goal
+        if sizes["state_dim"] < max(1, goal):
+            raise UsageError(
+                f"--model.unet.goal is {goal}, of an observation of {example.vector.size} numbers"
+            )
+        waypoints = config.planner.diffuser.controller == "waypoints"
+        if waypoints and sizes["state_dim"] != 2 * sizes["action_dim"]:
+            raise UsageError(
+                f"--planner.diffuser.controller waypoints needs a position and a velocity for "
+                f"each action, not {sizes['state_dim']} numbers for {sizes['action_dim']}"
+            )
+    return config.replace(model=sizes)
+
+
 class Environments:
     """Rollouts of the agent in the environments that a configuration names.
 
@@ -114,23 +140,7 @@ class Environments:
         self._factory = functools.partial(own_env, make, config.env)
         interface = interface_of(functools.partial(self._factory, training=True))
         self.example = interface.example
-        sizes = {"action_dim": interface.action_dim}
-        if config.diffuses_plans:
-            if interface.example.image is not None or interface.example.vector is None:
-                raise UsageError("--model.networks unet plans with vector observations, not images")
-            sizes["state_dim"] = interface.example.vector.size - config.model.unet.goal
-            if sizes["state_dim"] < max(1, config.model.unet.goal):
-                raise UsageError(
-                    f"--model.unet.goal is {config.model.unet.goal}, of an observation of "
-                    f"{interface.example.vector.size} numbers"
-                )
-            waypoints = config.planner.diffuser.controller == "waypoints"
-            if waypoints and sizes["state_dim"] != 2 * sizes["action_dim"]:
-                raise UsageError(
-                    f"--planner.diffuser.controller waypoints needs a position and a velocity for "
-                    f"each action, not {sizes['state_dim']} numbers for {sizes['action_dim']}"
-                )
-        self.config = config.replace(model=sizes)
+        self.config = sized(config, interface)
         self._interface, self._data = interface, data
         self._key = jax.random.split(jax.random.key(config.seed))[1]
         self._make = make

@@ -171,18 +171,29 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
     """An environment of a custom factory, truncated after ``config.max_steps`` like named ones.
 
     Raises:
-        UsageError: if its episodes have no limit.
+        UsageError: if its episodes have no limit, it does not hold actions as configured, or is no
+            environment.
     """
     env = make(config, training=training)
     if make is make_env:
         return env
+    if not hasattr(env, "reset"):
+        raise UsageError(f"the factory made no environment but {env!r}: it has to return one")
     spec = getattr(env, "spec", None)
     limit = spec.max_episode_steps if spec is not None else None
-    inner = env
+    inner, holds = env, 1
     while isinstance(inner, gym.Wrapper):
         if isinstance(inner, gym.wrappers.TimeLimit):
             limit = inner._max_episode_steps
+        if isinstance(inner, gym.wrappers.RepeatAction):
+            holds *= inner.num_repeats
         inner = inner.env
+    if holds != config.action_repeat:
+        env.close()
+        raise UsageError(
+            f"env.action_repeat is {config.action_repeat}, but the factory's environment holds "
+            f"each action for {holds} steps: wrap it in gymnasium.wrappers.RepeatAction"
+        )
     if config.max_steps:  # whatever limit it has, of steps or of holds
         holds = -(-config.max_steps // config.action_repeat)  # a factory holds actions by itself
         return cast(gym.Env, Limited(env, holds))

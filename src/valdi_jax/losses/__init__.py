@@ -13,6 +13,7 @@ from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.data import augment
 from valdi_jax.dynamics import DYNAMICS
+from valdi_jax.errors import UsageError
 from valdi_jax.losses import dynamics, energy, plans, policy, prior, q, reward, sigreg, value
 from valdi_jax.losses.base import Term, View
 from valdi_jax.losses.plans import PlanView, look_at_plans
@@ -97,7 +98,7 @@ def evaluate(
 ) -> tuple[Array, dict[str, Array]]:
     """One term's loss and metrics, with gradients only into what it trains."""
     term = TERMS[name]
-    return term.loss(
+    answer = term.loss(
         {
             key: tree if key in term.trains else jax.lax.stop_gradient(tree)
             for key, tree in params.items()
@@ -107,6 +108,10 @@ def evaluate(
         draws.get(name),
         config=config,
     )
+    pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)
+    if not pair or jnp.shape(answer[0]):
+        raise UsageError(f"--learn.terms {name}: its loss has to return a scalar and a dict")
+    return answer
 
 
 def ends(batch: Batch, *, config: Config) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from valdi_jax import model
 from valdi_jax.config import Config
@@ -89,12 +90,15 @@ def _plan(
     _check_arguments(params, obs, key, noise_std)
     settings = config.planner
     planner = PLANNERS[settings.kind]
-    carry = first_carry(config) if carry is None else carry
+    carry = first_carry(config) if carry is None else _fitting(carry, config)
     if planner.plan is not None:
         return planner.plan(params, obs, key, noise_std, carry, config=config)
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
-    z = model.encode(params, obs, config=config)
+    try:
+        z = model.encode(params, obs, config=config)
+    except (TypeError, ValueError, FlaxError) as error:
+        raise UsageError(f"obs does not fit the parameters: {error}") from error
     scoring = {
         name: jax.tree.map(lambda x: x.astype(settings.precision), tree)
         for name, tree in params.items()
@@ -136,6 +140,11 @@ def _plan(
         propose if settings.policy_candidates and "policy" in params else None,
     )
     found, carry = planner.search(problem, carry, search_key, config=settings)
+    if found.sequence.shape != problem.shape:
+        raise UsageError(
+            f"--planner.kind {settings.kind} found a sequence of the shape {found.sequence.shape}, "
+            f"not {problem.shape}"
+        )
     found_score = found.score
     if found_score is None:
         found_score = score(planner.squash(found.sequence)[None], answer_key)[0]
@@ -189,6 +198,14 @@ def propose_chunks(
 
     _, chunks = jax.lax.scan(step, z, noise)
     return jnp.swapaxes(chunks, 0, 1)
+
+
+def _fitting(carry: Any, config: Config) -> Any:
+    """Raises UsageError if a carry is not of this configuration's plans."""
+    ours, given = (jax.tree.map(jnp.shape, each) for each in (first_carry(config), carry))
+    if ours == given:
+        return carry
+    raise UsageError("carry is not that of a plan of this configuration: give Plan.carry")
 
 
 def _check_arguments(params: Any, obs: Any, key: Any, noise_std: Any) -> None:

@@ -26,7 +26,7 @@ from valdi_jax.data.replay import Replay
 from valdi_jax.data.rollout import first_carries, plan_batch
 from valdi_jax.data.source import SOURCES, Progress, Source
 from valdi_jax.data.store import store_shapes
-from valdi_jax.envs import make_env
+from valdi_jax.envs import imported_modules, make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.losses import trains_encoder
 from valdi_jax.planners import PLANNERS
@@ -69,6 +69,12 @@ def train(
         config = config.replace(learn=_OF_THE_START)
         if resume:
             _belongs(run_dir, make)
+            theirs = checkpoint.load_config(run_dir).env.name
+            if config.env.name != theirs:
+                raise UsageError(
+                    f"cannot resume with another environment: the run has {theirs}, not "
+                    f"{config.env.name}"
+                )
         if data is not None:
             config = config.replace(collect={"data": GIVEN})
         # The source determines the action size, but takes a configuration first.
@@ -87,10 +93,7 @@ def train(
             try:
                 params = agent.load(source.example, config=config, fresh=first.params)
             except UsageError as error:
-                theirs, ours = agent.config.env.name, config.env.name
-                if theirs == ours:
-                    raise
-                raise UsageError(f"{error} ({init_from} is of {theirs}, not {ours})") from error
+                raise UsageError(f"{error}{_differences(agent.config, config)}") from error
             given = start_from(first, params)
             trained = agent.config.model.networks
         require_terms(config, trained)
@@ -346,7 +349,8 @@ def _how_to_resume(run_dir: Path) -> str:
         known = checkpoint.identity(run_dir)
     if known and known["made_by"]:
         return f"continue with the same program and train({str(run_dir)!r}, resume=True)"
-    return f"continue with python -m valdi_jax.train --resume {shlex.quote(str(run_dir))}"
+    imports = " ".join(["", "--env.import", *modules]) if (modules := imported_modules()) else ""
+    return f"continue with python -m valdi_jax.train --resume {shlex.quote(str(run_dir))}{imports}"
 
 
 def _first_state(source: Source) -> AgentState:
@@ -398,6 +402,19 @@ def _may_resume(run_dir: Path, config: Config) -> None:
             raise UsageError(
                 f"cannot resume with another {name}: the run has {value}, not {ours[name]}"
             )
+
+
+def _differences(theirs: Config, ours: Config) -> str:
+    """The environment and the first few sizes of another agent that differ, for a message."""
+    model = dict(leaves(to_dict(ours)["model"]))
+    options = [
+        f"--model.{name.replace('_', '-')} {value}"
+        for name, value in leaves(to_dict(theirs)["model"])
+        if value != model[name] and not name.endswith("_dim")
+    ]
+    said = [f"of {theirs.env.name}"] if theirs.env.name != ours.env.name else []
+    said += [f"with {' '.join(options[:4])}"] if options else []
+    return f" (it is {', '.join(said)})" if said else ""
 
 
 def _name(make: Callable[..., gym.Env]) -> str:

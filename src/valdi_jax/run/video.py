@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -15,8 +16,9 @@ from gymnasium.wrappers import RenderCollection
 from valdi_jax import cli
 from valdi_jax.config import Config, EnvConfig
 from valdi_jax.data.rollout import Rollout, roll_out
-from valdi_jax.data.source import evaluation_jobs
+from valdi_jax.data.source import evaluation_jobs, sized
 from valdi_jax.envs import make_env, own_env
+from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import LocalPool
 from valdi_jax.errors import UsageError
 from valdi_jax.run.manifest import check_writable
@@ -28,7 +30,7 @@ _FRAMES_PER_SECOND = 50  # if the environment does not say
 def record_video(
     params: Params,
     config: Config,
-    path: Path,
+    path: Path | str,
     *,
     make: Callable[..., gym.Env] = make_env,
     on_decision: Callable[[], None] = lambda: None,
@@ -46,7 +48,7 @@ def record_video(
         UsageError: if the file cannot be written, the optional dependency is missing, or the
             environment cannot be drawn.
     """
-    write = video_writer(path)
+    write = video_writer(Path(path))
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame complains without a screen
 
     def filmed(config: EnvConfig, *, training: bool) -> gym.Env:
@@ -56,6 +58,7 @@ def record_video(
     with contextlib.ExitStack() as stack:
         try:
             env = own_env(filmed, config.env, training=False)
+            config = sized(config, Interface(env.observation_space, env.action_space))
             pool = LocalPool(lambda: env)
             stack.callback(pool.close)
             jobs = evaluation_jobs(1)
@@ -70,9 +73,11 @@ def record_video(
         except cli.Interrupted:
             raise
         except Exception as error:  # without a screen, MuJoCo raises what it likes
+            hint = "make(config, training=..., render_mode=None) passes the mode on"
+            if "mujoco" in sys.modules:
+                hint = "MuJoCo without a screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
             raise UsageError(
-                f"the environment cannot be drawn ({type(error).__name__}: {error}); MuJoCo "
-                "without a screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                f"the environment cannot be drawn ({type(error).__name__}: {error}); {hint}"
             ) from error
         fps = env.metadata.get("render_fps", _FRAMES_PER_SECOND)
         frames = [np.asarray(frame) for frame in cast(list, env.render())]
