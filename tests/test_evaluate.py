@@ -99,19 +99,26 @@ def test_a_signal_while_filming_ends_the_evaluation(run, tmp_path, monkeypatch, 
     assert "episodes" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (RuntimeError("gladLoadGL error"), "MUJOCO_GL=egl"),
+        (TypeError("unexpected keyword argument"), "takes render_mode=None"),
+    ],
+)
 def test_an_environment_that_cannot_be_drawn_is_scored_all_the_same(
-    run, tmp_path, monkeypatch, capsys
+    run, tmp_path, monkeypatch, capsys, error, hint
 ):
     def fail(*args, **kwargs):
-        raise RuntimeError("gladLoadGL error")
+        raise error
 
     monkeypatch.setattr(video, "own_env", fail)
     path = tmp_path / "drive.gif"
     assert evaluate.main([str(run), "--episodes", "1", "--video", str(path)]) == 0
     output = capsys.readouterr()
     assert "1 episodes" in output.out
-    assert "gladLoadGL" in output.err
-    assert "MUJOCO_GL=egl" in output.err
+    assert str(error) in output.err
+    assert hint in output.err
     assert not path.exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -73,9 +72,9 @@ def record_video(
         except cli.Interrupted:
             raise
         except Exception as error:  # without a screen, MuJoCo raises what it likes
-            hint = "make(config, training=..., render_mode=None) passes the mode on"
-            if "mujoco" in sys.modules:
-                hint = "MuJoCo without a screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            hint = "MuJoCo without a screen needs MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            if isinstance(error, TypeError):
+                hint = "a factory of your own takes render_mode=None, and passes it on"
             raise UsageError(
                 f"the environment cannot be drawn ({type(error).__name__}: {error}); {hint}"
             ) from error
