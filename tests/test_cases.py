@@ -423,7 +423,7 @@ def test_the_limit_asked_for_holds_for_environments_of_ones_own():
     def make(config, *, training):
         return Counting(max_steps=1000)
 
-    with pytest.raises(UsageError, match="holds each action for 1 steps"):
+    with pytest.raises(UsageError, match="repeats actions 1 times"):
         own_env(make, EnvConfig(max_steps=8, action_repeat=2), training=True)
     with pytest.raises(UsageError, match="made no environment but None"):
         own_env(lambda config, training: None, EnvConfig(), training=True)

@@ -121,7 +121,10 @@ def record(
     try:
         _ = env.spec and env.spec.to_json()  # data keep it
     except ValueError as error:
-        raise UsageError(f"register the environment as 'module:Class': {error}") from error
+        raise UsageError(
+            f"Minari cannot keep how the environment is made ({error}): register it as "
+            "'module:Class'"
+        ) from error
     # Minari's default stores frames as JPEG, and training would see others than the agent does.
     collector = minari.DataCollector(env, data_format="hdf5", jpeg_encoding=False)
     returns: list[float] = []

@@ -153,7 +153,7 @@ def _environment(argv: Sequence[str]) -> dict[str, Any]:
     from valdi_jax.data.recorded import environment_of
 
     theirs = environment_of(data, env)
-    if not theirs and _value_of("--init-from", argv) is None:
+    if not theirs and not any(_value_of(option, argv) for option in ("--init-from", "--preset")):
         raise UsageError(
             f"{data} does not say which environment it is of: give --env, or train(..., make=...) "
             "from a program"

@@ -44,7 +44,7 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
     try:
         return to_episodes(recorded, interface, config, name)
     except UsageError as error:
-        theirs = environment_of(name).get("name", config.env.name)
+        theirs = environment_of(name).get("name", "an environment that they do not name")
         if theirs == config.env.name:
             raise
         raise UsageError(f"{error} (the data are of {theirs}, not {config.env.name})") from error

@@ -188,11 +188,11 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
         if isinstance(inner, gym.wrappers.RepeatAction):
             holds *= inner.num_repeats
         inner = inner.env
-    if holds != config.action_repeat:
+    if config.action_repeat not in (1, holds):
         env.close()
         raise UsageError(
-            f"env.action_repeat is {config.action_repeat}, but the factory's environment holds "
-            f"each action for {holds} steps: wrap it in gymnasium.wrappers.RepeatAction"
+            f"env.action_repeat is {config.action_repeat}, but the factory's environment repeats "
+            f"actions {holds} times: wrap it in gymnasium.wrappers.RepeatAction, or leave it at 1"
         )
     if config.max_steps:  # whatever limit it has, of steps or of holds
         holds = -(-config.max_steps // config.action_repeat)  # a factory holds actions by itself

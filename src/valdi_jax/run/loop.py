@@ -97,8 +97,6 @@ def train(
             given = start_from(first, params)
             trained = agent.config.model.networks
         require_terms(config, trained)
-        if resume:
-            checkpoint.load_config(run_dir)  # raises before anything is made
         recorded = source.recorded()
         named = config.collect.data
         if given is not None and trains_encoder(config):
