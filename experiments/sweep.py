@@ -26,8 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy.stats import trim_mean
 
 from valdi_jax import cli
-from valdi_jax.errors import StoppedError
+from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.run.log import read_jsonl
+from valdi_jax.train import parse_arguments
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,35 @@ class Cell:
 
     def command(self) -> list[str]:
         start = [sys.executable, "-m", "valdi_jax.train"]
-        if self._started():
+        if self.started():
             return [*start, "--resume", str(self.directory)]
         chosen = ["--env", self.task, "--seed", str(self.seed), *self.options]
         return [*start, "--run-dir", str(self.directory), *chosen]
+
+    def check(self) -> None:
+        """Raise UsageError if the options of a run that has not started are invalid."""
+        try:
+            parse_arguments(self.command()[3:])
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}") from error
 
     def episodes(self) -> tuple[int, int]:
         """Episodes of the run so far, and in all (0 before it starts)."""
         records = _read(self.directory / "metrics.jsonl")
         done = records[-1]["episode"] + 1 if records else 0  # they count from 0
-        return done, self._config()["collect"]["episodes"] if self._started() else 0
+        return done, self._config()["collect"]["episodes"] if self.started() else 0
 
     def finished(self) -> bool:
         """Whether all episodes are driven, and evaluated as often as the run evaluates."""
         done, episodes = self.episodes()
-        if not self._started() or done < episodes:
+        if not self.started() or done < episodes:
             return False
         every = self._config()["eval"]["every"]
         due = episodes // every * every if every else 0
         scores = _read(self.directory / "evaluations.jsonl")
         return not due or (bool(scores) and scores[-1]["episode"] + 1 >= due)
 
-    def _started(self) -> bool:
+    def started(self) -> bool:
         return (self.directory / "config.json").exists()
 
     def _config(self) -> dict:
@@ -273,6 +281,7 @@ def run_grid(arguments: argparse.Namespace) -> list[Cell]:
     """Train a grid unless it is only to be gathered.
 
     Raises:
+        UsageError: if a run's options are invalid; then none starts.
         StoppedError: if a run failed.
     """
     cells = make_grid(
@@ -280,6 +289,9 @@ def run_grid(arguments: argparse.Namespace) -> list[Cell]:
     )
     if arguments.gather:
         return cells
+    # Options do not depend on the seed.
+    for cell in {(cell.task, cell.agent): cell for cell in cells if not cell.started()}.values():
+        cell.check()
     failed = train(cells, arguments.cores, arguments.nice)
     if failed:
         raise StoppedError(f"{len(failed)} of {len(cells)} runs failed")

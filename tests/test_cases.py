@@ -427,6 +427,9 @@ def test_the_limit_asked_for_holds_for_environments_of_ones_own():
         own_env(make, EnvConfig(max_steps=8, action_repeat=2), training=True)
     with pytest.raises(UsageError, match="made no environment but None"):
         own_env(lambda config, training: None, EnvConfig(), training=True)
+    for wrong in (Counting(), Counting, lambda: Counting(), lambda config: Counting()):
+        with pytest.raises(UsageError, match=r"is not a function make\(config.env, training=\.\.\."):
+            own_env(wrong, EnvConfig(max_steps=7), training=True)
     env = own_env(make, EnvConfig(max_steps=7), training=True)
     env.reset(seed=0)
     ends = [env.step(np.zeros(3, np.float32))[3] for _ in range(7)]

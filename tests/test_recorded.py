@@ -326,6 +326,8 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
         main(["--env", "mountaincar", *offline, "--data", "minari:pendulum/random-v0"])
     with pytest.raises(UsageError, match="the run has pendulum, not mountaincar"):
         main(["--resume", str(tmp_path / "run"), "--env", "mountaincar"])
+    with pytest.raises(UsageError, match="--data minari:pendulum/random-v0"):
+        parse_arguments(["--data", "pendulum/random-v0", "--preset", "diffuser"])
     alone = parse_arguments(["--data", "minari:pendulum/random-v0", "--preset", "diffuser"])
     assert alone.config.env.name == "pendulum"
     assert alone.config.planner.kind == "diffuser"

@@ -1,5 +1,6 @@
 """Grids of runs: trained once, resumed, gathered."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from valdi_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -61,6 +64,14 @@ def test_a_run_that_fails_is_named(tmp_path):
     assert done.returncode == 3
     assert "1 of 1 runs failed" in done.stderr
     assert "pendulim" in (tmp_path / "logs/pendulim-mlp-0.log").read_text()
+
+
+def test_nothing_starts_if_an_option_of_any_run_is_invalid(sweep, tmp_path):
+    arguments = ["--tasks", "pendulum", "--agents", "mlp", "q=--preset valdiq", "--seeds", "0"]
+    grid = sweep.parse_grid(argparse.ArgumentParser(), [str(tmp_path / "runs"), *arguments])
+    with pytest.raises(UsageError, match="pendulum-q-0: .*valdi-q"):
+        sweep.run_grid(grid)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_are_ordered_by_seed_and_finished_ones_are_known(sweep, tmp_path):

@@ -33,7 +33,7 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
             "the recorded data of this run came from a program: continue it from there, with "
             "train(..., data=...)"
         )
-    kind, _, rest = name.partition(":")
+    kind, rest = _split(name)
     recorded = READERS[kind](rest)
     for option, value in environment_of(name, config.env.name).items():
         ours = getattr(config.env, option)
@@ -69,8 +69,15 @@ def environment_of(name: str, chosen: str | None = None) -> dict[str, Any]:
     return theirs if chosen in (None, theirs.get("name")) else {"name": chosen}
 
 
+def _split(name: str) -> tuple[str, str]:
+    kind, colon, rest = name.partition(":")
+    if not colon:
+        raise UsageError(f"--data is KIND:ID, not {name}: --data minari:{name}")
+    return kind, rest
+
+
 def _environment(name: str) -> dict[str, Any]:
-    kind, _, rest = name.partition(":")
+    kind, rest = _split(name)
     if kind != "minari":
         return {}
     data = _minari(rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -172,8 +173,16 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
 
     Raises:
         UsageError: if its episodes have no limit, it does not hold actions as configured, or is no
-            environment.
+            environment; or if the factory cannot be called as it has to be.
     """
+    try:
+        inspect.signature(make).bind(config, training=training)
+    except ValueError:  # a built-in that does not say what it takes
+        pass
+    except TypeError as error:
+        raise UsageError(
+            f"make={make!r} is not a function make(config.env, training=...): {error}"
+        ) from error
     env = make(config, training=training)
     if make is make_env:
         return env
