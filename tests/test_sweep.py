@@ -69,7 +69,7 @@ def test_a_run_that_fails_is_named(tmp_path):
 def test_nothing_starts_if_an_option_of_any_run_is_invalid(sweep, tmp_path):
     arguments = ["--tasks", "pendulum", "--agents", "mlp", "q=--preset valdiq", "--seeds", "0"]
     grid = sweep.parse_grid(argparse.ArgumentParser(), [str(tmp_path / "runs"), *arguments])
-    with pytest.raises(UsageError, match="pendulum-q-0: .*valdi-q"):
+    with pytest.raises(UsageError, match=r"pendulum-q-0: .*valdi-q"):
         sweep.run_grid(grid)
     assert not (tmp_path / "runs").exists()
 
