@@ -52,9 +52,9 @@ def pytest_configure(config):
         directory = tempfile.mkdtemp(prefix="valdi-jax-tests-")
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 # The files that take longest, so that no process is left alone with one at the end.

@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from valdi_jax.dynamics import diffusion
 from valdi_jax.model import encode, encode_targets, init_params
+from valdi_jax.networks.layers import kernel_init, normal_init, uniform_init
 from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS
 
@@ -58,6 +61,7 @@ def test_initialisation_is_uniform_in_the_reference_bounds():
     config = PRESETS["paper"]
     observation = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
     params = init_params(jax.random.key(0), observation, config=config)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     layer = params["value"]["head_0"]["linear_1"]["dense"]  # 512 -> 512
     bound = 512**-0.5
     for tensor in (layer["kernel"], layer["bias"]):
@@ -67,6 +71,16 @@ def test_initialisation_is_uniform_in_the_reference_bounds():
     assert 0.95 * 144**-0.5 < np.abs(kernel).max() <= 144**-0.5
     assert np.std(params["dynamics"]["timestep_embedding"]) == pytest.approx(1, rel=0.02)
     assert np.std(params["dynamics"]["target_markers"]) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (7, 33), (3, 3, 16, 40)])
+def test_networks_start_with_the_same_numbers_inside_a_program(shape):
+    key = jax.random.key(3)
+    for initializer in (kernel_init, uniform_init(20), normal_init(0.02)):
+        inside = jax.jit(functools.partial(initializer, shape=shape))(key)
+        np.testing.assert_allclose(initializer(key, shape), inside, rtol=1e-6)
+    published = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    np.testing.assert_allclose(kernel_init(key, shape), published(key, shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize("absent", ["image", "vector"])

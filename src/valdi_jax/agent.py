@@ -68,7 +68,10 @@ class Agent:
         return cls(stored.load(), stored.config, make=make)
 
     def make_env(self, *, render_mode: str | None = None) -> gym.Env:
-        """A new environment of the kind that the agent was trained in, held actions included."""
+        """A new environment as in evaluation, held actions included.
+
+        CarRacing goes on through terminal states there, and no episode ends by ``env.patience``.
+        """
         if render_mode is None:
             return self._factory()
         made = functools.partial(self._make, render_mode=render_mode)

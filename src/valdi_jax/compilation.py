@@ -36,6 +36,7 @@ def cache_compilations() -> None:
         if not _keeps_programs(base):
             return
     jax.config.update("jax_compilation_cache_dir", str(base))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 _TRIAL = """

@@ -503,8 +503,8 @@ class ReplayConfig:
     steps of all episodes, which favours long ones."""
     placement: Literal["auto", "device", "host"] = "auto"
     """Where training segments are gathered: device (from a copy of the episodes there, several
-    updates per call) or host. auto: device on an accelerator, if the episodes fit and
-    --env.max-steps bounds their length."""
+    updates per call) or host. auto: device on an accelerator, if the episodes fit and their length
+    is known: from --env.max-steps, or from the data with --collect.source data."""
 
 
 @_section("eval")

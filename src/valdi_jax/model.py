@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from valdi_jax.config import Config, ModelConfig
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.networks.encoder import Encoder
 from valdi_jax.networks.heads import RewardHead, ValueHeads
-from valdi_jax.networks.layers import apply
+from valdi_jax.networks.layers import apply, initialise
 from valdi_jax.networks.normalizer import init_normalizer, normalize
 from valdi_jax.networks.scaler import init_scaler
 from valdi_jax.networks.tdmpc2 import (
@@ -66,42 +65,46 @@ _MIN_LOG_STD, _MAX_LOG_STD = -10.0, 2.0  # of the policy prior
 _LEAST_STD = 1e-6  # of the energy's logits
 
 
-def _dummies(config: Config) -> tuple[Array, Array]:
-    model = config.model
-    return jnp.zeros((1, model.latent_dim)), jnp.zeros((1, model.chunk * model.action_dim))
+def _dummies(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A latent [1, D] and an action chunk [1, C * A], for `initialise`."""
+    sizes = config.latent_dim, config.chunk * config.action_dim
+    z, chunk = (np.zeros((1, size), np.float32) for size in sizes)
+    return z, chunk
 
 
 def _init_policy(key: Array, *, config: Config) -> Params:
-    return policy_net(config.model).init(key, _dummies(config)[0])["params"]
+    return initialise(policy_net(config.model), key, _dummies(config.model)[0])
 
 
 def _init_energy(key: Array, *, config: Config) -> Params:
-    return energy_net(config.model).init(key, *_dummies(config))["params"]
+    return initialise(energy_net(config.model), key, *_dummies(config.model))
 
 
 def _init_q(key: Array, *, config: Config) -> Params:
-    return q_net(config.model).init(key, *_dummies(config))["params"]
+    return initialise(q_net(config.model), key, *_dummies(config.model))
 
 
 def _init_prior(key: Array, *, config: Config) -> Params:
-    model, z = config.model, _dummies(config)[0]
-    rows = jnp.zeros((1, model.horizon, model.chunk * model.action_dim + model.latent_dim))
-    inputs = z, rows[..., :0], rows, jnp.zeros(1, jnp.int32)
-    return _prior(model).init(key, *inputs)["params"]
+    model, z = config.model, _dummies(config.model)[0]
+    rows = np.zeros(
+        (1, model.horizon, model.chunk * model.action_dim + model.latent_dim), np.float32
+    )
+    inputs = z, rows[..., :0], rows, np.zeros(1, np.int32)
+    return initialise(_prior(model), key, *inputs)
 
 
-def _dummy_plans(config: Config) -> tuple[Array, Array]:
+def _dummy_plans(config: Config) -> tuple[np.ndarray, np.ndarray]:
     model = config.model
-    rows = jnp.zeros((1, model.horizon + 1, model.action_dim + model.state_dim))
-    return rows, jnp.zeros(1, jnp.int32)
+    rows = np.zeros((1, model.horizon + 1, model.action_dim + model.state_dim), np.float32)
+    return rows, np.zeros(1, np.int32)
 
 
 def _init_unet(key: Array, *, config: Config) -> Params:
-    return _unet(config.model).init(key, *_dummy_plans(config))["params"]
+    return initialise(_unet(config.model), key, *_dummy_plans(config))
 
 
 def _init_plan_value(key: Array, *, config: Config) -> Params:
-    return _plan_value(config.model).init(key, *_dummy_plans(config))["params"]
+    return initialise(_plan_value(config.model), key, *_dummy_plans(config))
 
 
 # Networks besides the agent's own: (key, *, config) -> parameters.
@@ -136,12 +139,7 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
     Raises:
         UsageError: if a network or the dynamics in the configuration is unknown.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
-    return _init_params(key, shapes, config.graph)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))  # else each initialiser compiles separately
-def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
+    config = config.graph
     model = config.model
     if config.diffuses_plans:
         keys = jax.random.split(key, len(model.networks))
@@ -157,15 +155,14 @@ def _init_params(key: Array, shapes: Observation, config: Config) -> Params:
     encoder_key, dynamics_key, reward_key, value_key, *others = jax.random.split(
         key, 4 + len(model.networks)
     )
-    observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    z, chunk = _dummies(config)
+    z, chunk = _dummies(model)
     params = {
-        "encoder": _encoder(model).init(encoder_key, observation)["params"],
+        "encoder": initialise(_encoder(model), encoder_key, observation),
         "dynamics": DYNAMICS[model.dynamics].init(dynamics_key, config=model),
-        "reward": _reward_head(model).init(reward_key, z, chunk)["params"],
+        "reward": initialise(_reward_head(model), reward_key, z, chunk),
     }
     if "q" not in model.networks:
-        params["value"] = _value_heads(model).init(value_key, z)["params"]
+        params["value"] = initialise(_value_heads(model), value_key, z)
     for name, network_key in zip(model.networks, others, strict=True):
         params[name] = NETWORKS[name](network_key, config=config)
     if model.normalize and observation.vector is not None:

@@ -79,7 +79,8 @@ def train(
         data: recorded episodes, in place of those that ``config.collect.data`` names; they have the
             attributes of Minari's ``EpisodeData`` (see `data.recorded.to_episodes`).
 
-    Returns: the trained agent.
+    Returns: the final state. Its ``acting`` are the parameters to act with; `Agent.load` makes an
+        agent of the run.
 
     Raises:
         UsageError: if the directory cannot be used, the configuration is invalid or not that of the

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from valdi_jax.config import ModelConfig
 from valdi_jax.types import Array
@@ -34,10 +35,10 @@ class Dynamics(NamedTuple):
     step: Callable[..., Array] | None = None
 
 
-def dummies(config: ModelConfig) -> tuple[Array, Array]:
+def dummies(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Zero latent [1, D] and action chunks [1, H, C * A], for initialisation."""
-    actions = jnp.zeros((1, config.horizon, config.chunk * config.action_dim))
-    return jnp.zeros((1, config.latent_dim)), actions
+    actions = np.zeros((1, config.horizon, config.chunk * config.action_dim), np.float32)
+    return np.zeros((1, config.latent_dim), np.float32), actions
 
 
 def unroll(step: Callable[[Array, Array], Array], z: Array, actions: Array) -> Array:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from valdi_jax import diffusion
 from valdi_jax.config import ModelConfig
 from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
-from valdi_jax.networks.layers import apply
+from valdi_jax.networks.layers import apply, initialise
 from valdi_jax.networks.transformer import DiffusionTransformer
 from valdi_jax.types import Array, Params
 
@@ -29,9 +30,8 @@ def _net(config: ModelConfig) -> DiffusionTransformer:
 def init(key: Array, *, config: ModelConfig) -> Params:
     """Parameters of the diffusion transformer."""
     z, actions = dummies(config)
-    noised = jnp.zeros((1, config.horizon, config.latent_dim))
-    timestep = jnp.zeros((1,), jnp.int32)
-    return _net(config).init(key, z, actions, noised, timestep)["params"]
+    noised = np.zeros((1, config.horizon, config.latent_dim), np.float32)
+    return initialise(_net(config), key, z, actions, noised, np.zeros(1, np.int32))
 
 
 def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> DiffusionDraws:

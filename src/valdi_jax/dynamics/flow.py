@@ -16,7 +16,7 @@ import numpy as np
 
 from valdi_jax.config import ModelConfig
 from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean
-from valdi_jax.networks.layers import Linear, apply
+from valdi_jax.networks.layers import Linear, apply, initialise
 from valdi_jax.networks.transformer import TrajectoryTransformer
 from valdi_jax.types import Array, Params
 
@@ -80,8 +80,8 @@ class FlowTransformer(TrajectoryTransformer):
 def init(key: Array, *, config: ModelConfig) -> Params:
     """Parameters of the transformer and the time embedding."""
     z, actions = dummies(config)
-    noised = jnp.zeros((1, config.horizon, config.latent_dim))
-    return FlowTransformer(config).init(key, z, actions, noised, jnp.zeros((1,)))["params"]
+    noised = np.zeros((1, config.horizon, config.latent_dim), np.float32)
+    return initialise(FlowTransformer(config), key, z, actions, noised, np.zeros(1, np.float32))
 
 
 def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> FlowDraws:

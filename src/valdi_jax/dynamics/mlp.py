@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
 from valdi_jax.dynamics.base import Dynamics, dummies, masked_mean, unroll
-from valdi_jax.networks.layers import ResidualMLP, apply
+from valdi_jax.networks.layers import ResidualMLP, apply, initialise
 from valdi_jax.types import Array, Params
 
 
@@ -28,7 +28,7 @@ class MLPDynamics(nn.Module):
 def init(key: Array, *, config: ModelConfig) -> Params:
     """Parameters of the MLP."""
     z, actions = dummies(config)
-    return MLPDynamics(config).init(key, z, actions[:, 0])["params"]
+    return initialise(MLPDynamics(config), key, z, actions[:, 0])
 
 
 def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from valdi_jax.config import ModelConfig
 from valdi_jax.dynamics.base import Dynamics, dummies, fading, masked_mean, unroll
 from valdi_jax.dynamics.mlp import draw
-from valdi_jax.networks.layers import apply
+from valdi_jax.networks.layers import apply, initialise
 from valdi_jax.networks.tdmpc2 import NormedMLP
 from valdi_jax.types import Array, Params
 
@@ -21,7 +21,7 @@ def _net(config: ModelConfig) -> NormedMLP:
 def init(key: Array, *, config: ModelConfig) -> Params:
     """Parameters of the MLP."""
     z, actions = dummies(config)
-    return _net(config).init(key, z, actions[:, 0])["params"]
+    return initialise(_net(config), key, z, actions[:, 0])
 
 
 def step(params: Params, z: Array, chunk: Array, *, config: ModelConfig) -> Array:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from valdi_jax.networks.layers import Linear, apply, layer_norm
+from valdi_jax.networks.layers import Linear, apply, initialise, layer_norm, normal_init
 from valdi_jax.networks.transformer import Block
 from valdi_jax.types import Array, Params
 
@@ -36,7 +37,7 @@ class Decoder(nn.Module):
             raise ValueError(f"patches of {self.patch} pixels do not tile an image of {self.image}")
         rows, columns = (side // self.patch for side in self.image)
         count, lead = rows * columns, z.shape[:-1]
-        positions = self.param("positions", nn.initializers.normal(0.02), (count, self.width))
+        positions = self.param("positions", normal_init(0.02), (count, self.width))
         x = Linear(self.width, use_bias=False, name="latent")(z)[..., None, :]
         tokens = (*lead, count, self.width)
         x = jnp.broadcast_to(x, tokens) + jnp.broadcast_to(positions, tokens)
@@ -54,8 +55,7 @@ def init_decoder(key: Array, latent_dim: int, *, decoder: Decoder) -> Params:
     Raises:
         ValueError: if its patches do not tile its image.
     """
-    params: Params = decoder.init(key, jnp.zeros((1, latent_dim)))["params"]
-    return params
+    return initialise(decoder, key, np.zeros((1, latent_dim), np.float32))
 
 
 def decode(params: Params, z: Array, *, decoder: Decoder) -> Array:

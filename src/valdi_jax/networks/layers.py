@@ -14,21 +14,65 @@ import numpy as np
 
 from valdi_jax.types import Array, Params
 
-# Uniform in +-1/sqrt(fan_in): PyTorch's default for linear layers and convolutions.
-_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 _FEW_CHANNELS = 4
 _CONVOLVE_TILE = 16  # images per matrix product
 
 
-def uniform_init(fan_in: int):
+Initializer = Callable[..., Array]  # (key, shape, dtype) -> array
+
+
+def kernel_init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Uniform in +-1/sqrt(fan_in), as PyTorch initialises kernels [..., in, features]."""
+    bound = np.sqrt(np.float32(3) * np.float32(1 / 3 / math.prod(shape[:-1])))
+    return _draw(jax.random.uniform, key, shape, dtype, -1.0, 1.0, scale=float(bound))
+
+
+def uniform_init(fan_in: int) -> Initializer:
     """Uniform in +-1/sqrt(fan_in), as PyTorch initialises biases."""
 
-    def init(key, shape, dtype=jnp.float32):
+    def initializer(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return _draw(jax.random.uniform, key, shape, dtype, -bound, bound)
 
-    return init
+    return initializer
+
+
+def normal_init(std: float) -> Initializer:
+    """Normal with mean 0."""
+
+    def initializer(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return _draw(jax.random.normal, key, shape, dtype, scale=std)
+
+    return initializer
+
+
+def _draw(
+    sample: Callable[..., Array],
+    key: Array,
+    shape: Sequence[int],
+    dtype: Any,
+    *bounds: float,
+    scale: float = 1.0,
+) -> Array:
+    """A sample of a shape, times ``scale``, by one of few programs.
+
+    Random numbers take long to compile, and networks have dozens of shapes. The sample is the start
+    of a flat one of a size that many share: the numbers are the same.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return sample(key, tuple(shape), dtype, *bounds) * scale
+    size, drawn = math.prod(shape), 32
+    while drawn < size:
+        drawn *= 8
+    flat = np.asarray(sample(key, (drawn,), dtype, *bounds))[:size]
+    return jnp.asarray((flat * np.float32(scale)).reshape(shape))
+
+
+def initialise(module: nn.Module, key: Array, *inputs: Any) -> Params:
+    """Parameters of a network for inputs of these shapes, which it is not applied to."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    params = module.lazy_init(key, *shapes)["params"]
+    return cast(Params, jax.tree.map(jnp.asarray, params))  # `_draw` may leave NumPy's
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any, dropout: Array | None = None) -> Array:
@@ -63,7 +107,7 @@ class Linear(nn.Module):
         return nn.Dense(
             self.features,
             use_bias=self.use_bias,
-            kernel_init=_kernel_init,
+            kernel_init=kernel_init,
             bias_init=uniform_init(x.shape[-1]),
             name="dense",
         )(x)
@@ -171,7 +215,7 @@ class Conv(nn.Module):
             self.kernel,
             strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
-            kernel_init=_kernel_init,
+            kernel_init=kernel_init,
             bias_init=uniform_init(math.prod(self.kernel) * x.shape[-1]),
             conv_general_dilated=convolve,
             name="conv",

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
 from valdi_jax.networks.encoder import image_features
-from valdi_jax.networks.layers import layer_norm
+from valdi_jax.networks.layers import layer_norm, normal_init
 from valdi_jax.observation import Observation
 from valdi_jax.types import Array
 
 _GROUP = 8  # channels of a simplex
-_kernel_init = nn.initializers.normal(0.02)
+_kernel_init = normal_init(0.02)
 
 
 def simnorm(x: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from valdi_jax.config import ModelConfig
-from valdi_jax.networks.layers import Linear, gelu, layer_norm
+from valdi_jax.networks.layers import Linear, gelu, layer_norm, normal_init
 from valdi_jax.types import Array
 
 
@@ -60,7 +60,7 @@ class TrajectoryTransformer(nn.Module):
         """
         config = self.config
         horizon = noised.shape[-2]
-        marker_init = nn.initializers.normal(0.02)
+        marker_init = normal_init(0.02)
         condition_size = config.transformer_width - z.shape[-1]
         target_size = (
             config.transformer_width - config.timestep_dim - actions.shape[-1] - noised.shape[-1]
@@ -111,4 +111,4 @@ class DiffusionTransformer(TrajectoryTransformer):
 
     def embed_time(self, time: Array) -> Array:
         shape = (self.timesteps, self.config.timestep_dim)
-        return self.param("timestep_embedding", nn.initializers.normal(1.0), shape)[time]
+        return self.param("timestep_embedding", normal_init(1.0), shape)[time]
