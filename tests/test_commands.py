@@ -101,6 +101,7 @@ def test_compiled_programs_are_kept_where_they_work(monkeypatch, tmp_path, rejec
     monkeypatch.setattr(jax.config, "update", kept.__setitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     if rejected:
         answers = iter([("8.0 False", ""), ("8.0 True", "Target machine feature is missing\n")])
@@ -115,7 +116,10 @@ def test_compiled_programs_are_kept_where_they_work(monkeypatch, tmp_path, rejec
         assert directory is None if rejected else Path(directory).parent.name == "valdi-jax"
     kept.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    broken = tmp_path / "valdi-jax" / "jit_f-1-cache"
+    broken.touch()
     compilation.cache_compilations()
+    assert not broken.exists()
     assert kept == {
         "jax_compilation_cache_dir": str(tmp_path / "valdi-jax"),
         "jax_persistent_cache_min_compile_time_secs": 0,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from valdi_jax.dynamics import diffusion
-from valdi_jax.model import encode, encode_targets, init_params
+from valdi_jax.model import encode, encode_targets, init_params, params_shapes
 from valdi_jax.networks.layers import kernel_init, normal_init, uniform_init
 from valdi_jax.observation import Observation
-from valdi_jax.presets import PRESETS
+from valdi_jax.presets import PRESETS, default_config
 
 SMALL = PRESETS["tiny"].model
 
@@ -61,7 +61,6 @@ def test_initialisation_is_uniform_in_the_reference_bounds():
     config = PRESETS["paper"]
     observation = Observation(image=np.zeros((96, 96, 3), np.uint8), vector=np.zeros(7, np.float32))
     params = init_params(jax.random.key(0), observation, config=config)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     layer = params["value"]["head_0"]["linear_1"]["dense"]  # 512 -> 512
     bound = 512**-0.5
     for tensor in (layer["kernel"], layer["bias"]):
@@ -71,6 +70,20 @@ def test_initialisation_is_uniform_in_the_reference_bounds():
     assert 0.95 * 144**-0.5 < np.abs(kernel).max() <= 144**-0.5
     assert np.std(params["dynamics"]["timestep_embedding"]) == pytest.approx(1, rel=0.02)
     assert np.std(params["dynamics"]["target_markers"]) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tdmpc2", "diffuser"])
+def test_initial_parameters_are_arrays_of_the_expected_shapes(preset):
+    config = default_config("pendulum", preset).replace(model={"action_dim": 3, "state_dim": 2})
+    unet = dataclasses.replace(config.model.unet, width=16, multipliers=(1, 2))
+    config = config.replace(model={"unet": unet})
+    observation = Observation(vector=np.zeros(2, np.float32))
+    params = init_params(jax.random.key(0), observation, config=config)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    expected = params_shapes(observation, config=config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (7, 33), (3, 3, 16, 40)])

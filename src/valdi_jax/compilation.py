@@ -36,7 +36,12 @@ def cache_compilations() -> None:
         if not _keeps_programs(base):
             return
     jax.config.update("jax_compilation_cache_dir", str(base))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    for entry in base.glob("*-cache"):
+        with contextlib.suppress(OSError):
+            if not entry.stat().st_size:  # left by a full disk; JAX would not replace it
+                entry.unlink()
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 _TRIAL = """

@@ -150,10 +150,7 @@ def params_from_reference(tensors: Mapping[str, np.ndarray], config: Config) -> 
             raise ValueError(f"{name!r} holds values that are not finite")
         return jnp.asarray(tensor)
 
-    template = jax.eval_shape(
-        lambda key: model.init_params(key, reference_observation(), config=config),
-        jax.random.key(0),
-    )
+    template = model.params_shapes(reference_observation(), config=config)
     return jax.tree_util.tree_map_with_path(convert, template)
 
 

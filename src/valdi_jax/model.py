@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,6 +49,7 @@ __all__ = [
     "known_of_plans",
     "known_of_prior",
     "parameter_count",
+    "params_shapes",
     "plan_value",
     "policy",
     "q_outputs",
@@ -148,9 +150,8 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
             for name, network_key in zip(model.networks, keys, strict=True)
         }
         sizes = {"states": model.state_dim, "actions": model.action_dim}
-        return params | {
-            "scalers": {n: init_scaler(model.unet.scaler, k) for n, k in sizes.items()}
-        }
+        params["scalers"] = {n: init_scaler(model.unet.scaler, k) for n, k in sizes.items()}
+        return jax.tree.map(jnp.asarray, params)
     # Keys of additional networks come last, so that the others stay the same.
     encoder_key, dynamics_key, reward_key, value_key, *others = jax.random.split(
         key, 4 + len(model.networks)
@@ -174,7 +175,18 @@ def init_params(key: Array, observation: Observation, *, config: Config) -> Para
         statistics |= {"energy_mean": jnp.zeros(()), "energy_std": jnp.ones(())}
     if statistics:
         params["statistics"] = statistics
-    return params
+    return jax.tree.map(jnp.asarray, params)
+
+
+def params_shapes(observation: Observation, *, config: Config) -> Params:
+    """What `init_params` returns, as ``jax.ShapeDtypeStruct``s."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), observation)
+    return jax.eval_shape(lambda key: _traced(key, shapes, config.graph), jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # which remembers what it has traced
+def _traced(key: Array, shapes: Observation, config: Config) -> Params:
+    return init_params(key, shapes, config=config)
 
 
 def _unet(config: ModelConfig) -> TemporalUNet:

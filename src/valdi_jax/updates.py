@@ -20,7 +20,7 @@ from valdi_jax.errors import UsageError
 from valdi_jax.losses import TERMS, draw, evaluate, objective_and_view
 from valdi_jax.losses.base import View
 from valdi_jax.losses.plans import PlanView
-from valdi_jax.model import init_params
+from valdi_jax.model import init_params, params_shapes
 from valdi_jax.networks.normalizer import merge
 from valdi_jax.networks.scaler import fit
 from valdi_jax.observation import Observation
@@ -41,6 +41,14 @@ def init_state(key: Array, observation: Observation, *, config: Config) -> Agent
     params_key, key = jax.random.split(key)
     params = init_params(params_key, observation, config=config)
     return _first_state(params, key, config.graph)
+
+
+def state_shapes(observation: Observation, *, config: Config) -> AgentState:
+    """What `init_state` returns, as ``jax.ShapeDtypeStruct``s."""
+    params = params_shapes(observation, config=config)
+    return jax.eval_shape(
+        lambda params, key: _first_state(params, key, config.graph), params, jax.random.key(0)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2,))

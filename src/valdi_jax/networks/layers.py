@@ -15,6 +15,7 @@ import numpy as np
 from valdi_jax.types import Array, Params
 
 _FEW_CHANNELS = 4
+_MOST_DRAWN = 2**20  # numbers in a sample of which only the start is taken
 _CONVOLVE_TILE = 16  # images per matrix product
 
 
@@ -57,22 +58,23 @@ def _draw(
     """A sample of a shape, times ``scale``, by one of few programs.
 
     Random numbers take long to compile, and networks have dozens of shapes. The sample is the start
-    of a flat one of a size that many share: the numbers are the same.
+    of a flat one of a size that many share: with JAX's default generator the numbers are the same.
     """
     if isinstance(key, jax.core.Tracer):
         return sample(key, tuple(shape), dtype, *bounds) * scale
     size, drawn = math.prod(shape), 32
     while drawn < size:
         drawn *= 8
+    drawn = drawn if drawn <= _MOST_DRAWN else size
     flat = np.asarray(sample(key, (drawn,), dtype, *bounds))[:size]
-    return jnp.asarray((flat * np.float32(scale)).reshape(shape))
+    return jnp.asarray((flat * np.asarray(scale, flat.dtype)).reshape(shape))
 
 
 def initialise(module: nn.Module, key: Array, *inputs: Any) -> Params:
     """Parameters of a network for inputs of these shapes, which it is not applied to."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     params = module.lazy_init(key, *shapes)["params"]
-    return cast(Params, jax.tree.map(jnp.asarray, params))  # `_draw` may leave NumPy's
+    return cast(Params, jax.tree.map(jnp.asarray, params))  # flax leaves some to NumPy
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any, dropout: Array | None = None) -> Array:

@@ -51,7 +51,7 @@ from valdi_jax.data.collector import Round
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.source import Progress
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.model import init_params
+from valdi_jax.model import params_shapes
 from valdi_jax.observation import Observation
 from valdi_jax.run import agents
 from valdi_jax.run.manifest import (
@@ -67,7 +67,7 @@ from valdi_jax.run.manifest import (
     write_signed,
 )
 from valdi_jax.types import AgentState, Batch, Params
-from valdi_jax.updates import init_state
+from valdi_jax.updates import state_shapes
 
 _UNFINISHED = ("partial", "replaced", "deleted")  # prefixes of checkpoints to ignore
 
@@ -514,7 +514,7 @@ class StoredAgent:
             if "statistics" in fresh:
                 params["statistics"] = fresh["statistics"] | params.get("statistics", {})
         if observation is not None:
-            template = _params_template(observation, config or self.config)
+            template = params_shapes(observation, config=config or self.config)
             _check_fit(_shapes(params), _shapes(template), self.name)
         return params
 
@@ -566,12 +566,6 @@ def read_params(checkpoint: Path) -> Params:
     return _load_tree(checkpoint / "params", None)
 
 
-def _params_template(observation: Observation, config: Config) -> Params:
-    return jax.eval_shape(
-        lambda key: init_params(key, observation, config=config), jax.random.key(0)
-    )
-
-
 def load_params(checkpoint: Path, observation: Observation, config: Config) -> Params:
     """The parameters to act with of a checkpoint directory; ``observation`` is one example.
 
@@ -581,7 +575,7 @@ def load_params(checkpoint: Path, observation: Observation, config: Config) -> P
     checkpoint = Path(checkpoint)
     if not (checkpoint / "params").is_dir():
         raise UsageError(f"{checkpoint} is not a checkpoint: latest(RUN) gives the newest of a run")
-    return _load_tree(checkpoint / "params", _params_template(observation, config))
+    return _load_tree(checkpoint / "params", params_shapes(observation, config=config))
 
 
 def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[AgentState, Progress]:
@@ -597,9 +591,7 @@ def load(checkpoint: Path, observation: Observation, config: Config) -> tuple[Ag
     with _checkpointer() as checkpointer:
         averaged = "params" in _stored(checkpointer, checkpoint / "training")
     begun_with = config.replace(learn={"average": float(averaged)})
-    template = jax.eval_shape(
-        lambda key: init_state(key, observation, config=begun_with), jax.random.key(0)
-    )
+    template = state_shapes(observation, config=begun_with)
     acting = load_params(checkpoint, observation, config)
     training = _load_tree(checkpoint / "training", jax.eval_shape(_training_tree, template))
     state = AgentState(
@@ -644,7 +636,7 @@ def load_rounds(checkpoint: Path, observation: Observation, config: Config) -> l
         ]
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"cannot read {path}: {error!r}") from error
-    template = _params_template(observation, config)
+    template = params_shapes(observation, config=config)
     trees = _load_tree(checkpoint / "rounds", {place: template for *_, place in entries})
     return [Round(numbers, version, trees[place]) for numbers, version, place in entries]
 

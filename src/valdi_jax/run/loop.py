@@ -29,6 +29,7 @@ from valdi_jax.data.store import store_shapes
 from valdi_jax.envs import imported_modules, make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.losses import trains_encoder
+from valdi_jax.model import params_shapes
 from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint
 from valdi_jax.run.learner import Learner, check
@@ -353,6 +354,8 @@ def _how_to_resume(run_dir: Path) -> str:
 
 def _first_state(source: Source) -> AgentState:
     key = jax.random.split(jax.random.key(source.config.seed))[0]
+    # Fails now, not when the run resumes, if a network of the user's cannot be traced.
+    params_shapes(source.example, config=source.config)
     return init_state(key, source.example, config=source.config)
 
 
