@@ -17,7 +17,7 @@ class Dynamics(NamedTuple):
     """A world model as four pure functions; ``config`` is the `ModelConfig`.
 
     Attributes:
-        init: (key, *, config) -> parameters.
+        init: (key, *, config) -> parameters, also with a traced key.
         draw: (keys [2], batch size, *, config) -> random draws of one update, any pytree.
         predict: (params, z [B, D], actions [B, H, C * A], targets [B, H, D], valid [B, H], draws,
             *, config) -> loss [] and predicted latents [B, H, D], on which the heads are trained.
