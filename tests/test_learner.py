@@ -12,6 +12,7 @@ from valdi_jax import cli, updates
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import store_episode, store_shapes
+from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.run import learner as learner_module
@@ -196,6 +197,18 @@ def test_rounds_plan_with_parameters_that_lack_the_updates_of_the_last_rounds(tm
 def test_the_version_lag_counts_the_updates_that_a_round_lacks(tmp_path, lag, behind):
     run(tmp_path / "run", 5, LAGGING.replace(collect={"lag": lag}))
     assert [r["plan/version_lag"] for r in metrics(tmp_path / "run")] == behind
+
+
+def test_a_network_that_no_resumed_run_could_load_is_refused_before_training(tmp_path, monkeypatch):
+    mlp = DYNAMICS["mlp"]
+
+    def init(key, *, config):
+        return jax.tree.map(np.asarray, mlp.init(key, config=config))  # of tracers it fails
+
+    monkeypatch.setitem(DYNAMICS, "mlp", mlp._replace(init=init))
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        run(tmp_path / "run", 2, CONFIG.replace(model={"dynamics": "mlp"}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_round_has_as_many_episodes_as_requested(tmp_path):
