@@ -243,6 +243,18 @@ def test_diffusion_steps_are_for_diffusion():
     mlp = PRESETS["paper"].replace(model={"dynamics": "mlp"})
     with pytest.raises(UsageError, match="does nothing with --model"):
         validate(mlp.replace(planner={"diffusion_steps": 2}))
+    with pytest.raises(UsageError, match="futures is 2; it does nothing with"):
+        validate(mlp.replace(planner={"futures": 2}))
+    flow = PRESETS["paper"].replace(model={"dynamics": "flow"})  # any number: it has no table
+    validate(flow.replace(planner={"diffusion_steps": 2000}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"learn": {"terms": ("dynamics",) * 2}}, {"model": {"networks": ("policy",) * 2}}]
+)
+def test_a_name_is_given_once(change):
+    with pytest.raises(UsageError, match=r"names one twice: (dynamics|policy) "):
+        validate(PRESETS["paper"].replace(**change))
 
 
 def test_the_transformer_width_is_not_checked_for_the_mlp():

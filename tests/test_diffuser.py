@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import PARITY
 
 from valdi_jax.config import UNetConfig
 from valdi_jax.data.rollout import first_carries, plan_batch
 from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample
+from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params, known_of_plans
 from valdi_jax.networks.scaler import fit, unscale
 from valdi_jax.observation import Observation
@@ -62,6 +64,27 @@ def test_guidance_shifts_a_gaussian_by_as_much_as_its_scale():
     assert abs(spread - 1) < 0.05
     assert half > unguided + 0.2
     np.testing.assert_allclose(whole - unguided, 2 * (half - unguided), rtol=1e-3)
+
+
+def test_samples_without_guidance_have_values_to_choose_by():
+    posterior = cosine_posterior(4)
+    noise = jax.random.normal(jax.random.key(0), (5, 8, 1, 1))
+    guide = Guide(lambda x, _: x[:, 0, 0], 1.0, steps=0, stop=0)
+    _, values = guided_sample(lambda x, _: x, noise, lambda x: x, posterior=posterior, guide=guide)
+    assert np.unique(values).size == 8
+
+
+@pytest.mark.parametrize(
+    ("obs", "message"),
+    [
+        (Observation(vector=np.zeros(7, np.float32)), r"a vector \(7,\), not one \(6,\)"),
+        (Observation(image=np.zeros((9, 9, 3), np.uint8)), "no vector"),
+    ],
+)
+def test_an_observation_that_does_not_fit_is_named(obs, message):
+    params = init_params(jax.random.key(0), EXAMPLE, config=MAZE)
+    with pytest.raises(UsageError, match=message):
+        plan(params, obs, jax.random.key(0), config=MAZE)
 
 
 def test_both_ends_of_a_plan_are_pinned_and_its_states_followed():

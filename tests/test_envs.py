@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 from conftest import PARITY
@@ -490,3 +491,42 @@ def test_a_module_that_registers_environments_is_imported_on_request(tmp_path, m
     subprocess.run([sys.executable, "-c", code], check=True)  # as a worker process
     with pytest.raises(UsageError, match=r"--env\.import: cannot import 'no_such_module'"):
         import_modules(["no_such_module"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pendulum",
+        "mountaincar",
+        "lunarlander",
+        "bipedalwalker",
+        "bipedalwalker-hardcore",
+        "gym:BipedalWalker-v3",
+        "carracing",
+        "maze:umaze",
+        "dmc:walker-stand",
+    ],
+)
+def test_an_episode_depends_on_its_seed_and_not_on_those_before(name):
+    if name.startswith("dmc:"):
+        pytest.importorskip("dm_control")
+    config = EnvConfig(name=name, max_steps=40 if name == "carracing" else 150)
+
+    def episode(env, seed):
+        rng = np.random.default_rng(seed)
+        observation, _ = env.reset(seed=seed)
+        seen, over = [observation], False
+        while not over:
+            action = rng.uniform(env.action_space.low, env.action_space.high)
+            observation, reward, terminated, truncated, _ = env.step(
+                action.astype(env.action_space.dtype)
+            )
+            seen.append((observation, reward))
+            over = terminated or truncated
+        return seen
+
+    used = make_env(config, training=True)
+    for seed in range(2):
+        episode(used, seed)
+    again, first = (episode(env, 3) for env in (used, make_env(config, training=True)))
+    jax.tree.map(np.testing.assert_array_equal, again, first)

@@ -134,6 +134,8 @@ def test_the_answer_is_the_sample_that_the_world_model_values_most(trained):
     noised = plan(state.params, OBS, jax.random.key(2), config=config, noise_std=0.1)
     np.testing.assert_array_equal(noised.mean, best.mean)
     assert np.any(noised.actions != best.actions)
+    with pytest.raises(UsageError, match="obs does not fit the parameters"):
+        plan(state.params, Observation(vector=jnp.zeros(3)), jax.random.key(0), config=config)
 
 
 def test_a_warm_start_stays_near_the_last_plan(trained, monkeypatch):

@@ -140,6 +140,18 @@ def test_the_replay_buffer_goes_to_the_device_only_if_it_fits(monkeypatch):
     assert place(EXAMPLE, CONFIG.replace(env={"max_steps": 0})) == "host"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"random_shift": 2}, "--learn.random-shift is for images"),
+        ({"mirror": True}, "--learn.mirror is for carracing alone"),
+    ],
+)
+def test_changes_of_images_need_images(change, message):
+    with pytest.raises(UsageError, match=message):
+        learner_module.check(EXAMPLE, CONFIG.replace(learn=change))
+
+
 def test_a_store_needs_a_limit_on_episodes(tmp_path):
     with pytest.raises(UsageError, match=r"give --env\.max-steps"):
         place(EXAMPLE, DEVICE.replace(env={"max_steps": 0}))

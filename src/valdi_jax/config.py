@@ -656,7 +656,7 @@ def validate(config: Config) -> None:
         f"must be at most --planner.candidates ({planner.candidates})",
     )
     require(
-        planner.diffusion_steps <= model.diffusion_timesteps,
+        planner.diffusion_steps <= model.diffusion_timesteps or model.dynamics != "diffusion",
         *("--planner.diffusion-steps", planner.diffusion_steps),
         f"must be at most --model.diffusion-timesteps ({model.diffusion_timesteps})",
     )
@@ -664,6 +664,11 @@ def validate(config: Config) -> None:
         planner.diffusion_steps == 1 or model.dynamics not in ("mlp", "simplex"),
         *("--planner.diffusion-steps", planner.diffusion_steps),
         f"does nothing with --model.dynamics {model.dynamics}",
+    )
+    require(
+        planner.futures == 1 or model.dynamics not in ("mlp", "simplex"),
+        *("--planner.futures", planner.futures),
+        f"does nothing with --model.dynamics {model.dynamics}, which has one",
     )
     require(
         planner.action_hold == 1 or planner.kind != "guided",
@@ -690,6 +695,12 @@ def validate(config: Config) -> None:
         option = "--collect.lag" if collect.lag else "--collect.cluster"
         raise UsageError(f"{option} is for episodes that the agent collects, not for data alone")
     learn = config.learn
+    for option, names in (
+        ("--learn.terms", learn.terms),
+        ("--model.networks", model.networks),
+    ):
+        if len(set(names)) < len(names):
+            raise UsageError(f"{option} names one twice: {' '.join(names)}")
     for option, given in (("coordinator", learn.coordinator), ("rank", learn.rank >= 0)):
         require(
             not given or learn.processes != 1,
@@ -707,7 +718,7 @@ def validate(config: Config) -> None:
         "takes --collect.cluster, an address or local",
     )
     require(
-        planner.answer != "sample" or planner.kind in ("mppi", "mbdpo", "guided"),
+        planner.answer != "sample" or planner.kind not in ("cem", "icem", "diffuser"),
         *("--planner.answer", planner.answer),
         "is for --planner.kind mppi: give best or mean",
     )
@@ -815,6 +826,8 @@ def _validate_plans(config: Config) -> None:
         "--learn.random-shift": config.learn.random_shift != 0,
         "--model.normalize": config.model.normalize,
         "--planner.precision": config.planner.precision != "float32",
+        "--planner.correlation": config.planner.correlation != 0,
+        "--planner.diffusion-steps": config.planner.diffusion_steps != 1,
     }
     for option, given in unused.items():
         if given:

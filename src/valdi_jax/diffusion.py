@@ -180,5 +180,7 @@ def climb(
         gradient = jnp.where(timestep < guide.stop, 0, variance * gradient)
         return (pin(carry[0] + guide.scale * gradient), values), None
 
+    if guide.steps == 0:  # no guidance, but values to choose by
+        return samples, guide.value(samples, timestep)
     start = samples, jnp.zeros(samples.shape[0])
     return jax.lax.scan(step, start, length=guide.steps)[0]

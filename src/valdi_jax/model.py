@@ -317,6 +317,11 @@ def q_values(params: Params, z: Array, actions: Array, *, config: Config) -> Arr
     return decode(output) if config.model.bins else output
 
 
+def draw_pair(key: Array, *, config: Config) -> Array:
+    """Two different critics [2]."""
+    return jax.random.permutation(key, config.model.value_heads)[:2]
+
+
 def policy(params: Params, z: Array, noise: Array, *, config: Config) -> Action:
     """Sample the policy prior at latents [..., D] with standard normal noise [..., C * A]."""
     output = apply(policy_net(config.model), params["policy"], z)

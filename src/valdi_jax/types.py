@@ -51,7 +51,7 @@ class AgentState(struct.PyTreeNode):
     optimizer: Any  # optax state
     step: Array  # [] int32, updates done
     key: Array  # PRNG key; each update folds the step into it
-    average: Params | None = None  # slow average of params, if learn.average asks for one
+    average: Params | None = None  # what acts in place of params (learn.average, learn.act)
     after: dict[str, Any] | None = None  # optax states of the terms with a step of their own
 
     @property

@@ -243,7 +243,7 @@ def apply_update(
 
 
 def _average(params: Params, average: Params, rate: float | Array) -> Params:
-    """The moving average after a step of weight ``rate``; constants stay exact."""
+    """The moving average after a step of weight ``rate``; scalers are constant, and stay exact."""
     moved = optax.incremental_update(params, average, rate)
     return moved | {name: params[name] for name in ("scalers",) if name in params}
 
@@ -342,7 +342,7 @@ def _update_from_store(
 
     def body(i: Array, carry: tuple[AgentState, dict[str, Array]]):
         state, values = one(carry[0], jax.tree.map(lambda x: x[i], segments))
-        return state, jax.tree.map(lambda all, value: all.at[i].set(value), carry[1], values)
+        return state, jax.tree.map(lambda rows, value: rows.at[i].set(value), carry[1], values)
 
     first = jax.tree.map(lambda x: x[0], segments)
     shapes = jax.eval_shape(one, state, first)[1]

@@ -90,7 +90,8 @@ def exploration_noise(episode: int, config: CollectConfig) -> float:
     """
     if episode < 0 and config.seed_noise:
         return config.seed_noise
-    progress = (episode - config.noise_hold) / max(config.noise_decay, 1)
+    after = episode - config.noise_hold
+    progress = after / config.noise_decay if config.noise_decay else float(after >= 0)
     progress = min(max(progress, 0.0), 1.0)
     return config.noise_start + progress * (config.noise_end - config.noise_start)
 

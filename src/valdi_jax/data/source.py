@@ -170,7 +170,7 @@ class Environments:
             return RayCollector(
                 collect, functools.partial(_make_drive, self.config, self._make, imported_modules())
             )
-        assert self.pool
+        _ = self.pool  # made here, as processes inherit what the main thread ignores
         return LocalCollector(self.drive, beside=collect.lag > 0)
 
     def recorded(self) -> list[Episode]:

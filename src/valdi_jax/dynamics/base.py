@@ -14,7 +14,7 @@ from valdi_jax.types import Array
 
 
 class Dynamics(NamedTuple):
-    """A world model as four pure functions; ``config`` is the `ModelConfig`.
+    """A world model as pure functions; ``config`` is the `ModelConfig`.
 
     Attributes:
         init: (key, *, config) -> parameters, also with a traced key.

@@ -19,7 +19,7 @@ from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.dmc import make_dmc
 from valdi_jax.envs.maze import make_maze
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.envs.wrappers import Limited, paced
+from valdi_jax.envs.wrappers import FreshWorld, Limited, paced
 from valdi_jax.errors import UsageError
 
 
@@ -156,7 +156,7 @@ def make_registered(
     if env.spec is None or env.spec.max_episode_steps is None:
         env.close()
         raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
-    return env
+    return FreshWorld(env) if name.startswith("BipedalWalker") else env
 
 
 _NAMED: dict[str, Callable[..., gym.Env]] = {

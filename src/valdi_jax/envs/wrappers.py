@@ -76,6 +76,20 @@ class Limited:
         return observation, reward, terminated, True, info
 
 
+class FreshWorld(gym.Wrapper):
+    """Gives a Box2D environment a new world at each reset, so that a seed makes the same episode.
+
+    Gymnasium's BipedalWalker keeps its world, in which the order of contacts, and so the walker's
+    motion, depends on the terrains that were there before.
+    """
+
+    def reset(self, **kwargs):
+        inner: Any = self.unwrapped
+        inner._destroy()
+        inner.world = type(inner.world)()
+        return self.env.reset(**kwargs)
+
+
 def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
     """Hold each action for ``action_repeat`` steps, and add patience (0: none) in holds."""
     if action_repeat > 1:

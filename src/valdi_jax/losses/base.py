@@ -45,7 +45,7 @@ class Term(NamedTuple):
     Attributes:
         trains: names of the networks that it trains. Gradients into all others are stopped, and
             into the view too unless the encoder is among them.
-        weight: (config) -> its weight.
+        weight: (config) -> its weight in the sum; of no effect on a step of its own.
         loss: (params, ema_params, view, draws, *, config) -> the loss [] and scalar metrics.
         keys: number of PRNG keys that ``draw`` takes.
         draw: (keys, batch size, *, config) -> its random draws of one update, any pytree.

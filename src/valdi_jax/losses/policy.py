@@ -12,7 +12,6 @@ from valdi_jax.config import Config
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.dynamics.base import fading, masked_mean
 from valdi_jax.losses.base import Term, View
-from valdi_jax.planners.scoring import draw_pair
 from valdi_jax.types import Array, Params
 
 
@@ -27,7 +26,7 @@ def draw(keys: Array, batch_size: int, *, config: Config) -> PolicyDraws:
     """Draws from [2] keys."""
     shape = (batch_size, config.model.horizon + 1, config.model.chunk * config.model.action_dim)
     critics = "q" in config.model.networks
-    pair = draw_pair(keys[1], config=config) if critics else None
+    pair = model.draw_pair(keys[1], config=config) if critics else None
     return PolicyDraws(jax.random.normal(keys[0], shape), pair)
 
 

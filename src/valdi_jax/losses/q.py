@@ -12,7 +12,6 @@ from valdi_jax.dynamics.base import fading, masked_mean
 from valdi_jax.losses.base import Term, View, regression
 from valdi_jax.losses.value import td_targets
 from valdi_jax.networks.twohot import decode
-from valdi_jax.planners.scoring import draw_pair
 from valdi_jax.types import Array, Params
 
 
@@ -27,7 +26,9 @@ class QDraws(NamedTuple):
 def draw(keys: Array, batch_size: int, *, config: Config) -> QDraws:
     """Draws from [3] keys."""
     shape = (batch_size, config.model.horizon + 1, config.model.chunk * config.model.action_dim)
-    return QDraws(jax.random.normal(keys[0], shape), draw_pair(keys[1], config=config), keys[2])
+    return QDraws(
+        jax.random.normal(keys[0], shape), model.draw_pair(keys[1], config=config), keys[2]
+    )
 
 
 def loss(

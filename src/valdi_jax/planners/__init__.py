@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.errors import FlaxError
 
 from valdi_jax import model
 from valdi_jax.config import Config
@@ -19,6 +18,7 @@ from valdi_jax.planners.scoring import (
     TailDraws,
     compare,
     draw_tail,
+    encode,
     over_devices,
     predicted_return,
 )
@@ -95,10 +95,7 @@ def _plan(
         return planner.plan(params, obs, key, noise_std, carry, config=config)
     noise_shape = (config.model.horizon, config.model.latent_dim)
     search_key, shared_key, answer_key, explore_key = jax.random.split(key, 4)
-    try:
-        z = model.encode(params, obs, config=config)
-    except (TypeError, ValueError, FlaxError) as error:
-        raise UsageError(f"obs does not fit the parameters: {error}") from error
+    z = encode(params, obs, config=config)
     scoring = {
         name: jax.tree.map(lambda x: x.astype(settings.precision), tree)
         for name, tree in params.items()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from valdi_jax.config import Config
 from valdi_jax.types import Array, Plan
 
 
@@ -47,12 +48,14 @@ class Planner(NamedTuple):
         squash: maps the search space to actions in [-1, 1], after exploration noise is added.
         plan: (params, observation, key, noise_std, carry, *, config) -> `Plan`, of a planner that
             samples plans instead of searching; here, and in its init, ``config`` is the whole.
+        passes: (whole config) -> passes of the networks for each candidate: what a plan costs.
     """
 
     init: Callable[..., Any]
     search: Callable[..., tuple[Found, Any]]
     squash: Callable[[Array], Array]
     plan: Callable[..., Plan] | None = None
+    passes: Callable[[Config], int] = lambda config: config.planner.iterations
 
 
 def clip(actions: Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from valdi_jax import model
 from valdi_jax.config import Config
 from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample
+from valdi_jax.errors import UsageError
 from valdi_jax.networks.scaler import scale, unscale
 from valdi_jax.observation import Observation
 from valdi_jax.planners.base import Planner, clip, no_nan
@@ -40,9 +41,12 @@ def plan(
     With waypoints, the plan of an episode's first step stays, and a controller follows its states.
     With a replan_distance, another plan is made where the position has left it.
     """
-    assert obs.vector is not None
-    sample_key, explore_key = jax.random.split(key)
     size, state = config.model.action_dim, config.model.state_dim
+    expected = (state + config.model.unet.goal,)
+    if obs.vector is None or obs.vector.shape != expected:
+        given = "no vector" if obs.vector is None else f"a vector {obs.vector.shape}"
+        raise UsageError(f"obs does not fit the parameters: it has {given}, not one {expected}")
+    sample_key, explore_key = jax.random.split(key)
     settings = config.planner.diffuser
     sample = functools.partial(_sample, rows=None, config=config)
     if settings.controller == "waypoints":
@@ -154,4 +158,8 @@ def _no_search(*_: Any, **__: Any) -> Any:
     raise TypeError("Diffuser samples plans: it does not search")
 
 
-PLANNER = Planner(init, _no_search, clip, plan)
+def _passes(config: Config) -> int:
+    return config.model.unet.timesteps * (1 + config.planner.diffuser.guide_steps)
+
+
+PLANNER = Planner(init, _no_search, clip, plan, _passes)

@@ -19,7 +19,13 @@ from valdi_jax.diffusion import Guide, cosine_posterior, guided_sample
 from valdi_jax.observation import Observation
 from valdi_jax.planners.base import Planner, clip, correlated_normal, hold, no_nan
 from valdi_jax.planners.sampling import Carry, follow, no_plan, once, start
-from valdi_jax.planners.scoring import compare, draw_tail, predicted_return, trajectory_return
+from valdi_jax.planners.scoring import (
+    compare,
+    draw_tail,
+    encode,
+    predicted_return,
+    trajectory_return,
+)
 from valdi_jax.types import Array, Params, Plan
 
 
@@ -42,7 +48,7 @@ def plan(
     """The best of N sampled plans by `predicted_return`."""
     settings = config.planner
     sample_key, score_key, tail_key, explore_key, compare_key = jax.random.split(key, 5)
-    z = model.encode(params, obs, config=config)
+    z = encode(params, obs, config=config)
     goal = goal_latent(params, obs, config=config)
     fresh = functools.partial(sample_plans, rows=None, config=config)
     if settings.diffuser.warm_start:
@@ -78,7 +84,7 @@ def goal_latent(params: Params, obs: Observation, *, config: Config) -> Array:
     size = config.model.prior.goal
     if not size:
         return jnp.zeros(config.model.latent_dim)
-    assert obs.vector is not None
+    assert obs.vector is not None  # a run is refused without one
     goal = obs.vector[-size:]
     there = jnp.zeros_like(obs.vector).at[:size].set(goal).at[-size:].set(goal)
     return model.encode(params, obs._replace(vector=there), config=config)
@@ -134,4 +140,8 @@ def _no_search(*_: Any, **__: Any) -> Any:
     raise TypeError("the guided planner samples plans: it does not search")
 
 
-PLANNER = Planner(init, _no_search, clip, plan)
+def _passes(config: Config) -> int:
+    return config.model.prior.timesteps * (1 + config.planner.diffuser.guide_steps)
+
+
+PLANNER = Planner(init, _no_search, clip, plan, _passes)

@@ -85,4 +85,4 @@ def search(
     return Found(answer, None, answer, std), shift(answer, problem.executed)
 
 
-PLANNER = Planner(init, search, squash=clip)
+PLANNER = Planner(init, search, squash=clip, passes=lambda config: config.planner.mbdpo.steps - 1)

@@ -8,11 +8,26 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 from jax.sharding import PartitionSpec
 
 from valdi_jax import model
 from valdi_jax.config import Config
+from valdi_jax.errors import UsageError
+from valdi_jax.observation import Observation
 from valdi_jax.types import Array, Params
+
+
+def encode(params: Params, obs: Observation, *, config: Config) -> Array:
+    """Latent [D] of the observation to plan from.
+
+    Raises:
+        UsageError: if it does not fit the parameters.
+    """
+    try:
+        return model.encode(params, obs, config=config)
+    except (TypeError, ValueError, FlaxError) as error:
+        raise UsageError(f"obs does not fit the parameters: {error}") from error
 
 
 class TailDraws(NamedTuple):
@@ -28,12 +43,7 @@ def draw_tail(key: Array, lead: tuple[int, ...], *, config: Config) -> TailDraws
         return None
     noise_key, pair_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, (*lead, config.model.chunk * config.model.action_dim))
-    return TailDraws(noise, draw_pair(pair_key, config=config))
-
-
-def draw_pair(key: Array, *, config: Config) -> Array:
-    """Two different critics [2]."""
-    return jax.random.permutation(key, config.model.value_heads)[:2]
+    return TailDraws(noise, model.draw_pair(pair_key, config=config))
 
 
 def predicted_return(

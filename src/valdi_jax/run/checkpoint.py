@@ -556,7 +556,7 @@ def open_agent(where: Path | str) -> StoredAgent:
 
 
 def read_params(checkpoint: Path) -> Params:
-    """The online networks of a checkpoint, verified but without a check of their shapes.
+    """The parameters to act with of a checkpoint, verified but without a check of their shapes.
 
     Raises:
         UsageError: if it is damaged.

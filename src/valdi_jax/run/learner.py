@@ -280,17 +280,15 @@ class Learner:
             one = {name: float(value[i]) for name, value in values.items()}
             metrics.append(one)
             self._refused = self._refused + 1 if one["update/refused"] else 0
-            if self._refused:
+            if self._refused and self._processes.follows:  # the first keeps the batch
+                self._stop_at_limit(_refusal(done.first + i + 1, one))
+            elif self._refused:
                 batch = self.replay.gather(segments) if done.batch is None else done.batch
                 self._report_refusal(done.first + i + 1, batch, one)
 
     def _report_refusal(self, number: int, batch: Batch, values: dict[str, float]) -> None:
         limit = self._config.learn.nonfinite_limit
-        names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
-        sentence = f"{names} not finite in update {number}, which was refused"
-        if self._processes.follows:
-            self._stop_at_limit(sentence)
-            return
+        sentence = _refusal(number, values)
         try:
             path = checkpoint.save_batch(self._run_dir, number, batch)
             sentence += f"; its batch is in {path}"
@@ -305,6 +303,11 @@ class Learner:
         limit = self._config.learn.nonfinite_limit
         if self._refused >= limit:
             raise StoppedError(f"{limit} updates in a row were not finite: {sentence}")
+
+
+def _refusal(number: int, values: dict[str, float]) -> str:
+    names = ", ".join(name for name, value in values.items() if not np.isfinite(value))
+    return f"{names} not finite in update {number}, which was refused"
 
 
 class _Dispatch(NamedTuple):
@@ -359,6 +362,11 @@ def check(example: Observation, config: Config) -> None:
         raise UsageError(
             f"--model.prior.goal is {goal}; it is for vector observations that hold a goal"
         )
+    sees = example.image is not None
+    if config.learn.random_shift and not sees:
+        raise UsageError("--learn.random-shift is for images, and this environment has none")
+    if config.learn.mirror and (not sees or config.model.action_dim != 3):
+        raise UsageError("--learn.mirror is for carracing alone: it exchanges its left and right")
     place(example, config)
     shardings(config.learn.batch_size, sharing(config))
 

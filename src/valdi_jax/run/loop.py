@@ -303,6 +303,7 @@ def _loop(
             for rollout in rollouts:
                 learner.add(rollout.episode)
             if rollouts:
+                metrics["plan/noise_std"] = source.noise_std(numbers[0])
                 metrics["time/save_s"] = saver.add(numbers, rollouts)
             source.count(progress, numbers, rollouts)
             rounds.counted()
@@ -453,17 +454,10 @@ def _say_memory(source: Source, reporter: Reporter) -> None:
 def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
     """Report the time of a decision if it is high on this CPU."""
     config = source.config
-    planner = config.planner
-    guide = 1 + planner.diffuser.guide_steps
-    passes = {
-        "mbdpo": planner.mbdpo.steps - 1,
-        "guided": config.model.prior.timesteps * guide,
-        "diffuser": config.model.unet.timesteps * guide,
-    }
-    costly = planner.candidates * passes.get(planner.kind, planner.iterations) >= 2000
-    if not costly or jax.default_backend() != "cpu":
+    passes = PLANNERS[config.planner.kind].passes(config)
+    if config.planner.candidates * passes < 2000 or jax.default_backend() != "cpu":
         return
-    size = config.collect.num_envs
+    size = -(-config.collect.num_envs // (2 if config.collect.lag else 1))  # as in a rollout
     seconds = []
     for _ in range(2):  # the first call compiles
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from valdi_jax import cli, compilation
 from valdi_jax.config import Config, leaves, to_dict
-from valdi_jax.data.rollout import Rollout, exploration_noise
+from valdi_jax.data.rollout import Rollout
 from valdi_jax.data.source import Progress
 from valdi_jax.errors import StoppedError
 from valdi_jax.run.display import Display
@@ -120,8 +120,6 @@ class Reporter:
         updates: int,
     ) -> None:
         """Report a round's episodes, with the metrics of its updates."""
-        collect = self._config.collect
-        noise_std = exploration_noise(numbers[0] - collect.seed_episodes, collect)
         for number, rollout in zip(numbers, rollouts, strict=True):
             record = {
                 "episode": number,
@@ -139,7 +137,6 @@ class Reporter:
                 **_memory(),
                 "total/env_steps": self._progress.env_steps,
                 "total/updates": updates,
-                "plan/noise_std": noise_std,
                 **metrics,
             }
             self._record(record)
