@@ -20,7 +20,7 @@ from valdi_jax.compilation import cache_compilations
 from valdi_jax.data.collector import Collector
 from valdi_jax.data.source import Environments, evaluation_jobs
 from valdi_jax.envs import make_env
-from valdi_jax.run.checkpoint import open_agent
+from valdi_jax.run.stored import open_agent
 
 
 def main(argv: Sequence[str]) -> None:

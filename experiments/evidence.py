@@ -28,7 +28,7 @@ from valdi_jax.envs import interface_of
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.observation import Observation
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, npz, rundir
 from valdi_jax.run.manifest import content_digest, write_json
 from valdi_jax.types import Array, Batch, Plan
 
@@ -98,14 +98,14 @@ def encoded(
 
     replay = Replay(agent.config)
     for run in runs:
-        config = checkpoint.load_config(run)
+        config = rundir.load_config(run)
         if _kind(config) != _kind(agent.config):
             raise UsageError(f"{run} holds no episodes of {agent.config.env.name} as the agent has")
-        newest = checkpoint.latest(run)
+        newest = rundir.latest(run)
         if damage := checkpoint.verify(newest):
             raise UsageError(damage[0])
         for number in each(list(checkpoint.replay_digests(newest))):
-            episode = checkpoint.load_episode(run, number, example, agent.config)
+            episode = npz.load_episode(run, number, example, agent.config)
             latents = np.asarray(encode(episode.observations))
             seen = Observation(vector=latents)
             replay.give(dataclasses.replace(episode, observations=seen))  # however many

@@ -30,8 +30,8 @@ from decoder import shipped
 from valdi_jax import cli
 from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
-from valdi_jax.run.checkpoint import open_agent
 from valdi_jax.run.manifest import write_json
+from valdi_jax.run.stored import open_agent
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

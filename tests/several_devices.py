@@ -13,7 +13,7 @@ from test_update import EXAMPLE, random_batch
 from toy import CONFIG, make_counting
 
 from valdi_jax.data.rollout import plan_batch
-from valdi_jax.run import checkpoint
+from valdi_jax.run import rundir
 from valdi_jax.train import train
 from valdi_jax.updates import init_state, shardings, update
 
@@ -60,7 +60,7 @@ def a_checkpoint_of_one_device_goes_on(directory, episodes):
         )
         assert f"planning on 8 devices, {sentence}" in output.getvalue()
         assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == (devices or 1)
-        assert int(checkpoint.latest(directory).name) == episodes
+        assert int(rundir.latest(directory).name) == episodes
         episodes += 1
 
 

@@ -22,7 +22,7 @@ from valdi_jax.envs import interface_of, make_env
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS, default_config
-from valdi_jax.run import agents, checkpoint, manifest
+from valdi_jax.run import agents, checkpoint, manifest, rundir, stored
 from valdi_jax.train import parse_arguments, train
 from valdi_jax.updates import init_state
 
@@ -53,7 +53,7 @@ def exported(run, tmp_path):
 def test_an_exported_agent_is_the_same_agent(exported, state):
     assert sorted(p.name for p in exported.iterdir()) == ["config.json", "model.safetensors"]
     for path in (exported, exported / "model.safetensors"):
-        agent = checkpoint.open_agent(path)
+        agent = stored.open_agent(path)
         assert agent.config == NORMALIZED
         chex.assert_trees_all_equal(agent.load(), state.params)
     trained = json.loads((exported / "config.json").read_text())["trained"]
@@ -61,10 +61,10 @@ def test_an_exported_agent_is_the_same_agent(exported, state):
 
 
 def test_half_precision_halves_the_file_and_leaves_the_statistics(run, exported, tmp_path, state):
-    checkpoint.export(run / "checkpoints" / "00000007", tmp_path / "half", half=True)
+    stored.export(run / "checkpoints" / "00000007", tmp_path / "half", half=True)
     size = {p: (p / "model.safetensors").stat().st_size for p in (exported, tmp_path / "half")}
     assert size[tmp_path / "half"] < 0.6 * size[exported]
-    params = checkpoint.open_agent(tmp_path / "half").load()
+    params = stored.open_agent(tmp_path / "half").load()
     chex.assert_trees_all_close(params, state.params, rtol=1e-3, atol=1e-6)
     chex.assert_trees_all_equal(params["normalizer"], state.params["normalizer"])
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
@@ -82,7 +82,7 @@ def test_damage_is_found(exported, name, position, byte, cut):
         path.write_bytes(damaged)
         if damaged != intact:
             with pytest.raises(UsageError, match="is not a whole exported agent"):
-                checkpoint.open_agent(exported)
+                stored.open_agent(exported)
     finally:
         path.write_bytes(intact)
 
@@ -102,25 +102,25 @@ def test_tensors_that_are_not_an_agent_are_refused(exported, tensors, message):
     body["tensors_sha256"] = manifest.file_digest(exported / "model.safetensors")
     manifest.write_signed(exported / "config.json", body)
     with pytest.raises(UsageError, match=message):
-        checkpoint.open_agent(exported).load(EXAMPLE)
+        stored.open_agent(exported).load(EXAMPLE)
 
 
 def test_an_agent_older_than_an_option_behaves_as_before(exported):
     body = manifest.read_signed(exported / "config.json")
     del body["config"]["planner"]["warm_start"]
     manifest.write_signed(exported / "config.json", body)
-    assert checkpoint.open_agent(exported).config == NORMALIZED
+    assert stored.open_agent(exported).config == NORMALIZED
     body["config"]["planner"]["other"] = 1
     manifest.write_signed(exported / "config.json", body)
     with pytest.raises(UsageError, match="other is unknown"):
-        checkpoint.open_agent(exported)
+        stored.open_agent(exported)
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/checkpoints/00000007/manifest.json").write_text("{")
     with pytest.raises(UsageError, match=r"manifest.json cannot be read"):
-        checkpoint.export(tmp_path / "run", tmp_path / "agent")
+        stored.export(tmp_path / "run", tmp_path / "agent")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(agents, "write_signed", full)
     with pytest.raises(UsageError, match="No space left on device"):
-        checkpoint.export(run, tmp_path / "agent")
+        stored.export(run, tmp_path / "agent")
     assert not list(tmp_path.iterdir())
 
 
@@ -146,13 +146,13 @@ def test_an_exported_agent_is_described_and_is_not_a_run(exported, capsys):
 @pytest.mark.parametrize("name", ["a" * 300, "no/where"])
 def test_a_missing_path_raises_one_sentence(name):
     with pytest.raises(UsageError):
-        checkpoint.open_agent(name)
+        stored.open_agent(name)
 
 
 @pytest.mark.parametrize("directory", [".", "/"])
 def test_an_existing_directory_is_refused(run, directory):
     with pytest.raises(UsageError, match="exists already"):
-        checkpoint.export(run, Path(directory))
+        stored.export(run, Path(directory))
 
 
 def test_nothing_is_overwritten(run, exported):
@@ -162,7 +162,7 @@ def test_nothing_is_overwritten(run, exported):
 
 def test_a_path_without_an_agent_is_named(tmp_path):
     with pytest.raises(UsageError, match="nowhere is not a run directory, nor an agent"):
-        checkpoint.open_agent(tmp_path / "nowhere")
+        stored.open_agent(tmp_path / "nowhere")
 
 
 def go(directory, config=NORMALIZED, **options):
@@ -197,7 +197,7 @@ def test_a_directory_without_its_configuration_is_not_a_run(run, tmp_path, state
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_config", killed)
+        patch.setattr(rundir, "save_config", killed)
         with pytest.raises(KeyboardInterrupt):
             go(tmp_path / "new", init_from=run)
     with pytest.raises(UsageError, match="is not a run directory"):
@@ -245,7 +245,7 @@ def test_the_bundled_agents_are_intact_and_small():
     size = 0
     assert {"carracing", "carracing-mlp"} <= set(agents.packaged())
     for name in agents.packaged():
-        agent = checkpoint.open_agent(Path(name))
+        agent = stored.open_agent(Path(name))
         interface = interface_of(lambda env=agent.config.env: make_env(env, training=False))
         agent.load(interface.example)
         size += (agents._PACKAGED / name / agents.TENSORS).stat().st_size
@@ -271,7 +271,7 @@ def test_an_exported_agent_acts_like_its_run(tmp_path):
     state = init_state(jax.random.key(0), example, config=config)
     checkpoint.create_run(tmp_path / "run", config)
     checkpoint.save(tmp_path / "run", state, Progress(), keep=1, replay={})
-    checkpoint.export(tmp_path / "run", tmp_path / "agent")
+    stored.export(tmp_path / "run", tmp_path / "agent")
     results = []
     for name in ("run", "agent"):
         out = tmp_path / f"{name}.json"

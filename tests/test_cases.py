@@ -31,7 +31,7 @@ from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import Stepper, WorkerPool, make_pool
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.networks.normalizer import init_normalizer, merge
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, rundir, stored
 from valdi_jax.run.display import Display
 from valdi_jax.run.learner import Learner
 from valdi_jax.run.log import read_jsonl
@@ -71,7 +71,7 @@ def test_a_directory_whose_name_would_be_misread_is_refused_first(tmp_path, monk
 
 
 def test_files_of_a_file_manager_in_a_checkpoint_are_ignored(run):
-    for path in checkpoint.checkpoints(run):
+    for path in rundir.checkpoints(run):
         (path / ".DS_Store").write_bytes(b"")
     _, output = go(run, 4, resume=True)
     assert "warning" not in output
@@ -98,7 +98,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 
 def test_two_starts_in_one_directory_never_mix(tmp_path):
-    with checkpoint.lock(tmp_path / "run"):
+    with rundir.lock(tmp_path / "run"):
         with pytest.raises(UsageError, match="in use by the process"):
             go(tmp_path / "run")
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["lock"]
@@ -107,7 +107,7 @@ def test_two_starts_in_one_directory_never_mix(tmp_path):
 def test_a_checkpoint_of_another_run_is_set_aside_and_nothing_else(run, tmp_path):
     other = dataclasses.replace(CONFIG, seed=7)
     go(tmp_path / "other", 5, config=other)
-    newest = checkpoint.latest(tmp_path / "other")
+    newest = rundir.latest(tmp_path / "other")
     shutil.copytree(newest, run / "checkpoints" / newest.name)
     _, output = go(run, 4, resume=True)
     assert f"{newest.name} belongs to another run" in output
@@ -126,9 +126,9 @@ def test_a_changed_configuration_is_found_and_can_be_accepted(run, change):
     path = run / "config.json"
     path.write_text(path.read_text().replace('"every": 2', '"every": 3'))
     with pytest.raises(UsageError, match=r"differs from its checksum.*--accept-config"):
-        checkpoint.load_config(run)
+        rundir.load_config(run)
     assert command.main([str(run), "--accept-config"]) == 0
-    assert checkpoint.load_config(run).eval.every == 3
+    assert rundir.load_config(run).eval.every == 3
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_changed_configuration_is_found_and_can_be_accepted(run, change):
 def test_a_hostile_configuration_is_one_short_sentence(run, content):
     (run / "config.json").write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        checkpoint.load_config(run)
+        rundir.load_config(run)
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
 
@@ -174,8 +174,8 @@ def test_metrics_that_no_checkpoint_knows_are_set_aside(run):
 
 
 def test_a_reader_gets_the_next_checkpoint_where_a_run_has_replaced_one(run, monkeypatch):
-    agent = checkpoint.open_agent(run)
-    read, newest = checkpoint.read_params, checkpoint.latest(run)
+    agent = stored.open_agent(run)
+    read, newest = checkpoint.read_params, rundir.latest(run)
     moved = newest.with_name("00000004")
     (run / "keep").mkdir()
 
@@ -193,15 +193,15 @@ def test_a_reader_gets_the_next_checkpoint_where_a_run_has_replaced_one(run, mon
 
 
 def test_a_reader_reads_the_checkpoint_that_it_named(run):
-    agent = checkpoint.open_agent(run)
-    newest = checkpoint.latest(run)
+    agent = stored.open_agent(run)
+    newest = rundir.latest(run)
     shutil.copytree(newest, newest.with_name("00000009"))
     agent.load()
     assert agent.name == str(newest)
 
 
 def test_a_listing_leaves_out_what_a_run_deletes_meanwhile(run, monkeypatch, capsys):
-    first, second = checkpoint.checkpoints(run)[0], run / "checkpoints" / "00000009"
+    first, second = rundir.checkpoints(run)[0], run / "checkpoints" / "00000009"
     shutil.copytree(first, second)
     verify = command.verify
 
@@ -232,28 +232,28 @@ def test_a_run_that_has_only_checkpoints_of_others_never_starts_at_zero(run, tmp
 
 
 def test_a_lost_identity_is_found_again_in_the_checkpoints(run):
-    before = checkpoint.identity(run)["id"]
+    before = rundir.identity(run)["id"]
     (run / "run.json").write_text("{}")
     with pytest.raises(UsageError, match=r"is damaged.*resuming makes a new one"):
-        checkpoint.load_config(run)
+        rundir.load_config(run)
     (run / "run.json").unlink()
     _, output = go(run, 4, resume=True)
-    assert checkpoint.identity(run)["id"] == before
+    assert rundir.identity(run)["id"] == before
     assert "another run" not in output
 
 
 def test_a_kill_while_an_older_run_gets_its_checksum_leaves_it_usable(run, monkeypatch):
     (run / "run.json").unlink()
-    config = checkpoint.load_config(run)
+    config = rundir.load_config(run)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", killed)
+        patch.setattr(rundir, "write_atomic", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save_config(run, config.replace(collect={"episodes": 77}))
-    assert checkpoint.load_config(run) == config
+            rundir.save_config(run, config.replace(collect={"episodes": 77}))
+    assert rundir.load_config(run) == config
 
 
 # Environments
@@ -475,7 +475,7 @@ def test_an_environment_cannot_end_the_run(tmp_path, error):
 
     with pytest.raises(RuntimeError, match=f"the environment raised {type(error).__name__}"):
         go(tmp_path / "run", 20, make=make)
-    assert checkpoint.verify(checkpoint.latest(tmp_path / "run")) == []
+    assert checkpoint.verify(rundir.latest(tmp_path / "run")) == []
 
 
 class Slow(Counting):
@@ -557,8 +557,8 @@ def test_a_beta_of_one_is_refused(name):
 
 def test_parameters_that_are_not_finite_are_never_saved(run):
     example = Interface(Counting.observation_space, Counting.action_space).example
-    config = checkpoint.load_config(run)
-    state, _ = checkpoint.load(checkpoint.latest(run), example, config)
+    config = rundir.load_config(run)
+    state, _ = checkpoint.load(rundir.latest(run), example, config)
     state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
     learner = Learner(state, example, config=config, run_dir=run, say=print)
     with pytest.raises(StoppedError, match="parameters are not finite"):
@@ -624,7 +624,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
     program.stdout.close()
     assert program.wait(timeout=120) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["collect"]["episodes"] == 6
-    assert checkpoint.latest(tmp_path / "run").name == "00000006"
+    assert rundir.latest(tmp_path / "run").name == "00000006"
 
 
 def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path):
@@ -633,7 +633,7 @@ def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     train(CONFIG, tmp_path / "run", make=make_counting, console=Console(file=Full()))
-    assert checkpoint.latest(tmp_path / "run").name == "00000006"
+    assert rundir.latest(tmp_path / "run").name == "00000006"
 
 
 def test_a_pool_of_no_environments_is_refused():
@@ -682,7 +682,7 @@ def test_a_replay_larger_than_the_memory_is_warned_of_at_the_start(tmp_path, mon
 def test_functools_is_named_by_what_it_wraps(tmp_path):
     make = functools.partial(make_counting, length=25)
     go(tmp_path / "run", make=make)
-    assert checkpoint.identity(tmp_path / "run")["made_by"] == "toy.make_counting"
+    assert rundir.identity(tmp_path / "run")["made_by"] == "toy.make_counting"
 
 
 def test_a_program_that_leaves_a_pool_open_still_ends():

@@ -18,7 +18,7 @@ from valdi_jax.data.source import Progress
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, npz, rundir
 from valdi_jax.updates import init_state
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
@@ -69,14 +69,14 @@ def test_who_acts_with_an_average_is_evaluated_with_it(run):
 def test_only_the_newest_checkpoints_are_kept(run, state):
     for episodes in (1, 2, 3):
         checkpoint.save(run, state, Progress(episodes=episodes), keep=2, replay={})
-    assert [p.name for p in checkpoint.checkpoints(run)] == ["00000002", "00000003"]
-    assert checkpoint.latest(run).name == "00000003"
+    assert [p.name for p in rundir.checkpoints(run)] == ["00000002", "00000003"]
+    assert rundir.latest(run).name == "00000003"
 
 
 def test_an_unfinished_checkpoint_is_ignored_and_deleted(run, state):
     checkpoint.save(run, state, Progress(episodes=1), keep=2, replay={})
     (run / "checkpoints" / "partial-00000002").mkdir()
-    assert checkpoint.latest(run).name == "00000001"
+    assert rundir.latest(run).name == "00000001"
     checkpoint.save(run, state, Progress(episodes=3), keep=2, replay={})
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["00000001", "00000003"]
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(run, state):
 
 def test_a_directory_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is not a run directory"):
-        checkpoint.load_config(tmp_path)
+        rundir.load_config(tmp_path)
 
 
 def test_a_run_is_never_overwritten(run):
@@ -124,13 +124,13 @@ def test_a_run_without_checkpoints_says_so(run):
     with pytest.raises(UsageError, match=r"is not a checkpoint: latest\(RUN\)"):
         checkpoint.load_params(str(run), EXAMPLE, CONFIG)
     with pytest.raises(UsageError, match="holds no checkpoint yet"):
-        checkpoint.latest(run)
+        rundir.latest(run)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_configurations_survive_the_round_trip(tmp_path, preset):
     checkpoint.create_run(tmp_path / preset, PRESETS[preset])
-    assert checkpoint.load_config(tmp_path / preset) == PRESETS[preset]
+    assert rundir.load_config(tmp_path / preset) == PRESETS[preset]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_configuration_file_is_read_strictly(run, edit, message):
     edit(data)
     (run / "config.json").write_text(json.dumps(data))
     with pytest.raises(UsageError, match=message):
-        checkpoint.load_config(run)
+        rundir.load_config(run)
 
 
 def test_a_run_older_than_an_option_behaves_as_before(run):
@@ -163,21 +163,21 @@ def test_a_run_older_than_an_option_behaves_as_before(run):
     (run / "run.json").unlink()
     del data["learn"]["td_lambda"], data["planner"]["kind"], data["planner"]["icem"]
     (run / "config.json").write_text(json.dumps(data))
-    assert checkpoint.load_config(run) == CONFIG
+    assert rundir.load_config(run) == CONFIG
     new = ["planner.kind", "planner.icem", "learn.td_lambda"]
-    assert checkpoint.options_since(run) == new
+    assert rundir.options_since(run) == new
 
 
 def test_a_configuration_file_that_is_not_json_is_refused(run):
     (run / "config.json").write_text("{")
     with pytest.raises(UsageError, match="not a valid configuration"):
-        checkpoint.load_config(run)
+        rundir.load_config(run)
 
 
 def test_an_episode_survives_the_round_trip(run):
     original = episode(3, 20, terminated=True)
-    checkpoint.save_episode(run, 3, original)
-    restored = checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
+    npz.save_episode(run, 3, original)
+    restored = npz.load_episode(run, 3, EXAMPLE, CONFIG)
     assert restored.observations.image is None
     np.testing.assert_array_equal(restored.observations.vector, original.observations.vector)
     np.testing.assert_array_equal(restored.actions, original.actions)
@@ -197,14 +197,14 @@ def pickled(tmp_path):
 
 
 def test_an_episode_of_another_environment_is_refused(run):
-    checkpoint.save_episode(run, 3, episode(3, 20))
+    npz.save_episode(run, 3, episode(3, 20))
     for example, config in (
         (Observation(vector=np.zeros(5, np.float32)), CONFIG),
         (EXAMPLE._replace(image=np.zeros((8, 8, 3), np.uint8)), CONFIG),
         (EXAMPLE, CONFIG.replace(model={"action_dim": 2})),
     ):
         with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz.*it holds"):
-            checkpoint.load_episode(run, 3, example, config)
+            npz.load_episode(run, 3, example, config)
 
 
 def test_a_header_larger_than_its_data_is_refused_before_allocation(run):
@@ -216,17 +216,17 @@ def test_a_header_larger_than_its_data_is_refused_before_allocation(run):
     with zipfile.ZipFile(run / "replay" / "00000003.npz", "w") as file:
         file.writestr("rewards.npy", header.getvalue())
     with pytest.raises(UsageError, match="not the array that it says it is"):
-        checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
+        npz.load_episode(run, 3, EXAMPLE, CONFIG)
 
 
 def test_equal_episodes_give_equal_files(run):
-    digests = {checkpoint.save_episode(run, number, episode(0, 20)) for number in (1, 2)}
+    digests = {npz.save_episode(run, number, episode(0, 20)) for number in (1, 2)}
     assert len(digests) == 1
-    assert digests != {checkpoint.save_episode(run, 3, episode(1, 20))}
+    assert digests != {npz.save_episode(run, 3, episode(1, 20))}
 
 
 def test_a_damaged_episode_is_refused_by_name(run):
-    checkpoint.save_episode(run, 3, episode(3, 20))
+    npz.save_episode(run, 3, episode(3, 20))
     path = run / "replay" / "00000003.npz"
     intact = path.read_bytes()
     damaged = [intact[:-30], b"", intact[:100] + bytes([intact[100] ^ 255]) + intact[101:]]
@@ -234,22 +234,22 @@ def test_a_damaged_episode_is_refused_by_name(run):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(UsageError, match=r"cannot read the episode .*00000003\.npz"):
-            checkpoint.load_episode(run, 3, EXAMPLE, CONFIG)
+            npz.load_episode(run, 3, EXAMPLE, CONFIG)
 
 
 def test_old_episodes_are_pruned(run):
     for number in range(4):
-        checkpoint.save_episode(run, number, episode(number, 20))
-    checkpoint.prune_episodes(run, before=2)
+        npz.save_episode(run, number, episode(number, 20))
+    npz.prune_episodes(run, before=2)
     assert sorted(p.name for p in (run / "replay").iterdir()) == ["00000002.npz", "00000003.npz"]
 
 
 @pytest.fixture
 def driven(run, state):
     """A run with three episodes, and checkpoints after two and after three."""
-    digests = {n: checkpoint.save_episode(run, n, episode(n, 20)) for n in range(2)}
+    digests = {n: npz.save_episode(run, n, episode(n, 20)) for n in range(2)}
     checkpoint.save(run, state, Progress(episodes=2), keep=2, replay=digests)
-    digests[2] = checkpoint.save_episode(run, 2, episode(2, 20))
+    digests[2] = npz.save_episode(run, 2, episode(2, 20))
     checkpoint.save(run, state, Progress(episodes=3), keep=2, replay=digests)
     return run
 
@@ -348,9 +348,9 @@ def test_equal_states_have_equal_contents(tmp_path, state):
 
 
 def test_a_run_directory_serves_one_process(run):
-    with checkpoint.lock(run):
+    with rundir.lock(run):
         message = f"in use by the process {os.getpid()}"
-        with pytest.raises(UsageError, match=message), checkpoint.lock(run):
+        with pytest.raises(UsageError, match=message), rundir.lock(run):
             pass
-    with checkpoint.lock(run):
+    with rundir.lock(run):
         pass

@@ -15,7 +15,7 @@ from rich.console import Console
 from toy import CONFIG, Counting
 
 from valdi_jax.errors import StoppedError, UsageError
-from valdi_jax.run import checkpoint
+from valdi_jax.run import rundir
 from valdi_jax.run.manifest import MANIFEST, read_signed
 from valdi_jax.train import train
 
@@ -34,7 +34,7 @@ def go(directory, config=BASE, make=make_counting, **settings):
     """The checksums of the checkpoints of a run, and what it said."""
     said = io.StringIO()
     train(config, directory, make=make, console=Console(file=said, width=200), **settings)
-    found = checkpoint.checkpoints(directory)
+    found = rundir.checkpoints(directory)
     return [read_signed(path / MANIFEST)["content"] for path in found], said.getvalue()
 
 
@@ -231,5 +231,5 @@ def test_a_driver_that_is_ended_goes_on_as_if_it_had_not_been(tmp_path, send, si
     assert program.returncode == status, said
     assert start(tmp_path / "run").wait(timeout=120) == 0
     expected, _ = go(tmp_path / "local", BASE.replace(collect={"lag": 2}))
-    newest = checkpoint.checkpoints(tmp_path / "run")[-1]
+    newest = rundir.checkpoints(tmp_path / "run")[-1]
     assert read_signed(newest / MANIFEST)["content"] == expected[-1]

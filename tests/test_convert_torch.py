@@ -4,7 +4,7 @@ from conftest import reference_tensors
 
 from valdi_jax import convert
 from valdi_jax.errors import UsageError
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, rundir
 
 torch = pytest.importorskip("torch", reason="needs the extra 'torch'")
 
@@ -18,11 +18,11 @@ def test_a_checkpoint_file_becomes_a_run_that_can_be_evaluated(tmp_path, dynamic
     torch.save({"cfg": settings, "model": model, "epoch": 3}, tmp_path / "agent.pth")
     assert convert.main([str(tmp_path / "agent.pth"), str(tmp_path / "run")]) == 0
 
-    config = checkpoint.load_config(tmp_path / "run")
+    config = rundir.load_config(tmp_path / "run")
     assert config.model.dynamics == dynamics
     assert config.planner.candidates == 32
     params = checkpoint.load_params(
-        checkpoint.latest(tmp_path / "run"), convert.reference_observation(), config
+        rundir.latest(tmp_path / "run"), convert.reference_observation(), config
     )
     kernel = params["reward"]["net"]["inputs"]["dense"]["kernel"]
     np.testing.assert_array_equal(kernel, model["reward.layers.0.weight"].numpy().T)

@@ -19,7 +19,7 @@ from conftest import FAULTS
 
 from valdi_jax import checkpoint as listing
 from valdi_jax.errors import UsageError
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, rundir
 from valdi_jax.run.log import read_jsonl
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def finish(directory, way="plain", episodes=EPISODES):
 
 def content(directory):
     """Checksum of the whole content of the last checkpoint."""
-    newest = checkpoint.latest(directory)
+    newest = rundir.latest(directory)
     assert checkpoint.verify(newest) == []
     return json.loads((newest / "manifest.json").read_text())["content"]
 
@@ -81,7 +81,7 @@ def straight(tmp_path_factory):
 
 def saved_episodes(directory):
     """Episodes in the newest checkpoint, 0 without one."""
-    return max([int(path.name) for path in checkpoint.checkpoints(directory)], default=0)
+    return max([int(path.name) for path in rundir.checkpoints(directory)], default=0)
 
 
 def end_at_random_moments(directory, way, rng, times, signum, episodes=EPISODES):
@@ -107,7 +107,7 @@ def end_at_random_moments(directory, way, rng, times, signum, episodes=EPISODES)
             whole = saved_episodes(directory) == episodes
             assert status == 130 or (status in (0, -signum) and whole), status
             stopped += status == 130
-        newest = checkpoint.latest(directory)
+        newest = rundir.latest(directory)
         assert checkpoint.verify(newest) == []
         assert checkpoint.verify_replay(directory, newest) == {}
         logged = len(read_jsonl(directory / "metrics.jsonl"))
@@ -189,7 +189,7 @@ def _command(pid):
 def test_a_flipped_bit_in_a_checkpoint_an_episode_or_the_configuration_is_found(straight):
     directory = straight()
     rng = np.random.default_rng(0)
-    newest = checkpoint.latest(directory)
+    newest = rundir.latest(directory)
     groups = {
         "checkpoint": [path for path in newest.rglob("*") if path.is_file()],
         "replay": [
@@ -211,7 +211,7 @@ def test_a_flipped_bit_in_a_checkpoint_an_episode_or_the_configuration_is_found(
             try:
                 if group == "config.json":
                     with pytest.raises(UsageError):
-                        checkpoint.load_config(directory)
+                        rundir.load_config(directory)
                 else:
                     found = checkpoint.verify(newest) or checkpoint.verify_replay(directory, newest)
                     assert found, (path, place)

@@ -11,7 +11,7 @@ from toy import CONFIG
 from valdi_jax.config import Config, from_dict, to_dict
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
-from valdi_jax.run import checkpoint, manifest
+from valdi_jax.run import checkpoint, manifest, npz
 
 EXAMPLE = Observation(vector=np.zeros(2, np.float32))
 FUZZ = settings(
@@ -70,13 +70,13 @@ DAMAGE = {
 @given(**DAMAGE)
 def test_a_damaged_episode_is_never_another_one(tmp_path, position, byte, cut):
     original = episode(3, 20, terminated=True)
-    digest = checkpoint.save_episode(tmp_path, 3, original)
+    digest = npz.save_episode(tmp_path, 3, original)
     path = tmp_path / "replay" / "00000003.npz"
     intact = path.read_bytes()
     path.write_bytes(damage(intact, position, byte, cut))
     assert (manifest.file_digest(path) == digest) == (path.read_bytes() == intact)
     try:
-        read = checkpoint.load_episode(tmp_path, 3, EXAMPLE, CONFIG)
+        read = npz.load_episode(tmp_path, 3, EXAMPLE, CONFIG)
     except UsageError as error:
         assert "00000003.npz" in str(error)
     else:
@@ -90,7 +90,7 @@ def test_bytes_that_are_not_an_episode_are_refused(tmp_path, content):
     (tmp_path / "replay").mkdir(exist_ok=True)
     (tmp_path / "replay" / "00000003.npz").write_bytes(content)
     try:
-        checkpoint.load_episode(tmp_path, 3, EXAMPLE, CONFIG)
+        npz.load_episode(tmp_path, 3, EXAMPLE, CONFIG)
     except UsageError as error:
         assert "00000003.npz" in str(error)
     else:

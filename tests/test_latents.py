@@ -16,7 +16,7 @@ from valdi_jax.losses import reward, value
 from valdi_jax.observation import Observation
 from valdi_jax.planners import draw_futures
 from valdi_jax.planners.scoring import predicted_return
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, npz, rundir
 from valdi_jax.train import train
 
 
@@ -96,12 +96,12 @@ def test_the_heads_learn_what_training_lets_them_learn(refit, run, replay):
     found = refit.heads_loss(
         *(params, params, params["dynamics"], replay.gather(drawn), key), config=config, steps=0
     )
-    seen = checkpoint.load_episode(run, 0, Observation(vector=np.zeros(3, np.float32)), config)
+    seen = npz.load_episode(run, 0, Observation(vector=np.zeros(3, np.float32)), config)
     assert len(seen.observations.vector) == 61
     original = refit.Replay(config)
-    for number in checkpoint.replay_digests(checkpoint.latest(run)):
+    for number in checkpoint.replay_digests(rundir.latest(run)):
         example = Observation(vector=np.zeros(3, np.float32))
-        original.give(checkpoint.load_episode(run, number, example, config))
+        original.give(npz.load_episode(run, number, example, config))
     batch = original.gather(drawn)
     world = DYNAMICS[config.model.dynamics]
     draws = {"dynamics": world.draw(jax.random.split(key), 16, config=config.model)}

@@ -23,7 +23,7 @@ from train_together import HEARTBEAT, WATCHDOG
 
 from valdi_jax.config import LearnConfig
 from valdi_jax.errors import UsageError
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, rundir
 from valdi_jax.run.learner import place, sharing
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.run.processes import start
@@ -71,7 +71,7 @@ def finish(directory, episodes):
 
 
 def saved_episodes(directory):
-    return max([int(path.name) for path in checkpoint.checkpoints(directory)], default=0)
+    return max([int(path.name) for path in rundir.checkpoints(directory)], default=0)
 
 
 def test_two_processes_learn_like_one_and_share_its_checkpoints(tmp_path):
@@ -79,11 +79,11 @@ def test_two_processes_learn_like_one_and_share_its_checkpoints(tmp_path):
     expected = alone(straight, 7)
     finish(shared, 4)
     assert "learning on 2 of 2 processes" in said(shared)
-    newest = checkpoint.latest(shared)
+    newest = rundir.latest(shared)
     assert checkpoint.verify(newest) == []
     assert checkpoint.verify_replay(shared, newest) == {}
     alone(shared, 5)
-    assert checkpoint.load_config(shared).learn.processes == 1, "a run keeps no hardware"
+    assert rundir.load_config(shared).learn.processes == 1, "a run keeps no hardware"
     finish(shared, 7)
     assert saved_episodes(shared) == 7
     ours, theirs = (read_jsonl(run / "metrics.jsonl") for run in (straight, shared))
@@ -94,8 +94,8 @@ def test_two_processes_learn_like_one_and_share_its_checkpoints(tmp_path):
             if name.startswith(("loss/", "grad/", "value/", "episode/")):
                 np.testing.assert_allclose(two[name], value, rtol=1e-5, err_msg=name)
     state, _ = checkpoint.load(
-        checkpoint.latest(shared),
-        *(train_together.EXAMPLE, checkpoint.load_config(shared)),
+        rundir.latest(shared),
+        *(train_together.EXAMPLE, rundir.load_config(shared)),
     )
     np.testing.assert_array_equal(state.step, expected.step)
 
@@ -153,7 +153,7 @@ def end(directory, started, bound, fault):
         count(fault, "endless")
     assert not late, f"{seconds} in {bound} s\n{said(directory)}"
     print(f"{fault}: {[round(seconds[rank], 1) for rank in range(len(started))]} s")
-    newest = checkpoint.latest(directory)
+    newest = rundir.latest(directory)
     assert checkpoint.verify(newest) == []
     assert checkpoint.verify_replay(directory, newest) == {}
     return [process.returncode for process in started], seconds
@@ -227,6 +227,6 @@ def test_a_signal_to_one_stops_all_at_the_same_update(tmp_path, rank, name):
     started[rank].send_signal(signal.Signals[name])
     statuses, _ = end(directory, started, SLACK, fault)
     assert statuses == [130, 130], said(directory)
-    manifest = checkpoint.read_signed(checkpoint.latest(directory) / checkpoint.MANIFEST)
+    manifest = checkpoint.read_signed(rundir.latest(directory) / checkpoint.MANIFEST)
     assert f"made {manifest['updates']} updates" in said(directory), "the other made as many"
     resumes(directory, fault)

@@ -27,9 +27,9 @@ from valdi_jax.losses import draw, objective
 from valdi_jax.model import init_params
 from valdi_jax.record import main as record_main
 from valdi_jax.record import record
-from valdi_jax.run import checkpoint
-from valdi_jax.run.checkpoint import StoredAgent, open_agent
+from valdi_jax.run import checkpoint, npz, rundir, stored
 from valdi_jax.run.log import read_jsonl
+from valdi_jax.run.stored import StoredAgent, open_agent
 from valdi_jax.train import main, parse_arguments, train
 
 OFFLINE = CONFIG.replace(
@@ -319,7 +319,7 @@ def test_recording_and_learning_from_it(tmp_path, datasets, capsys):
     ]
     offline = ["--collect.source", "data", "--collect.episodes", "1", "--collect.epoch", "2"]
     assert main([*options, *offline, "--data", "minari:pendulum/random-v0"]) == 0
-    assert checkpoint.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
+    assert rundir.load_config(tmp_path / "run").collect.data == "minari:pendulum/random-v0"
     with pytest.raises(UsageError, match="there are: pendulum/random-v0"):
         main([*options[:2], *offline, "--data", "minari:pendulum/other-v0"])
     with pytest.raises(UsageError, match="the data are of pendulum, not mountaincar"):
@@ -340,11 +340,11 @@ def test_a_runs_replay_becomes_a_dataset(tmp_path, datasets, capsys):
     name = "minari:pendulum/replay-v0"
     assert record_main([name, "--replay", str(directory)]) == 0
     assert "2 episodes, mean return -" in capsys.readouterr().out
-    config = checkpoint.load_config(directory)
+    config = rundir.load_config(directory)
     env = make_env(config.env, training=True)
     interface = Interface(env.observation_space, env.action_space)
     for number, read in enumerate(read_recorded(name, interface, config)):
-        own = checkpoint.load_episode(directory, number, interface.example, config)
+        own = npz.load_episode(directory, number, interface.example, config)
         np.testing.assert_array_equal(read.observations.vector, own.observations.vector)
         np.testing.assert_allclose(read.actions, own.actions, atol=1e-6)
         np.testing.assert_array_equal(read.rewards, own.rewards)
@@ -358,10 +358,8 @@ def test_a_runs_replay_becomes_a_dataset(tmp_path, datasets, capsys):
 def test_a_replay_of_images_is_refused(tmp_path, datasets, monkeypatch):
     directory = tmp_path / "run"
     config = CONFIG.replace(env={"name": "carracing"})
-    monkeypatch.setattr(
-        checkpoint, "open_agent", lambda _: StoredAgent("", config, lambda: ({}, ""))
-    )
-    monkeypatch.setattr(checkpoint, "locate", lambda _: (directory, directory))
+    monkeypatch.setattr(stored, "open_agent", lambda _: StoredAgent("", config, lambda: ({}, "")))
+    monkeypatch.setattr(rundir, "locate", lambda _: (directory, directory))
     monkeypatch.setattr(checkpoint, "verify", lambda _: [])
     with pytest.raises(UsageError, match="only a replay of vectors"):
         record_main(["minari:car/replay-v0", "--replay", str(directory)])

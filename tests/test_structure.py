@@ -35,7 +35,10 @@ ORDER = [
     *("data.cluster", "data.source", "cli"),
     *(
         "run.agents",
+        "run.rundir",
+        "run.npz",
         "run.checkpoint",
+        "run.stored",
         "run.video",
         "run.wandb",
         "run.processes",

@@ -26,7 +26,7 @@ from valdi_jax.data.source import Environments
 from valdi_jax.envs import make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint, loop, wandb
+from valdi_jax.run import checkpoint, loop, npz, rundir, wandb
 from valdi_jax.run import learner as learner_module
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.train import main, parse_arguments, train
@@ -49,8 +49,8 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_everything_in_its_directory(straight):
     directory, _, output = straight
-    assert checkpoint.load_config(directory).collect.episodes == 5
-    assert [p.name for p in checkpoint.checkpoints(directory)] == ["00000003", "00000005"]
+    assert rundir.load_config(directory).collect.episodes == 5
+    assert [p.name for p in rundir.checkpoints(directory)] == ["00000003", "00000005"]
     assert len(list((directory / "replay").glob("*.npz"))) == 5
     assert list(directory.glob("events.out.tfevents*"))
     records = read_jsonl(directory / "metrics.jsonl")
@@ -153,7 +153,7 @@ def test_records_go_to_weights_and_biases(tmp_path, monkeypatch):
         )
     *records, end = sent
     assert [record["episode"] for record in records] == [0, 1]
-    assert end == (checkpoint.identity(tmp_path / "run")["id"], 0)
+    assert end == (rundir.identity(tmp_path / "run")["id"], 0)
 
 
 def test_a_video_that_cannot_be_recorded_costs_no_training(tmp_path):
@@ -244,7 +244,7 @@ def test_an_interrupted_run_is_saved_and_loses_nothing(
 
     with pytest.raises(cli.Interrupted, match="SIGINT"):
         run(tmp_path / "run", 5, make=Interrupting)
-    assert checkpoint.latest(tmp_path / "run").name == f"{episodes:08d}"
+    assert rundir.latest(tmp_path / "run").name == f"{episodes:08d}"
     resumed, _ = run(tmp_path / "run", 5, resume=True)
     chex.assert_trees_all_equal(resumed.params, state.params)
     for name in ("metrics", "evaluations"):
@@ -273,7 +273,7 @@ def test_a_run_interrupted_while_learning_makes_its_remaining_updates(
     monkeypatch.setattr(learner_module, "update", interrupting)
     with pytest.raises(cli.Interrupted, match="SIGTERM"):
         run(tmp_path / "run", 5)
-    assert checkpoint.latest(tmp_path / "run").name == "00000004"
+    assert rundir.latest(tmp_path / "run").name == "00000004"
     monkeypatch.undo()
     resumed, _ = run(tmp_path / "run", 5, resume=True)
     chex.assert_trees_all_equal(resumed.params, state.params)
@@ -298,7 +298,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(tmp_path):
     assert "nothing to do: 2 of 2 episodes" in output
     with pytest.raises(UsageError, match=r"--collect\.episodes is 1, but the run has collected 2"):
         run(tmp_path / "run", 1, resume=True)
-    assert checkpoint.load_config(tmp_path / "run").collect.episodes == 2
+    assert rundir.load_config(tmp_path / "run").collect.episodes == 2
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.npz"))
 
 
@@ -361,7 +361,7 @@ def test_an_environment_that_raises_costs_no_learning(tmp_path):
     config = CONFIG.replace(checkpoint={"every": 25})
     with pytest.raises(OSError, match="the road is closed"):
         run(tmp_path / "run", 5, config=config, make=failing)
-    assert checkpoint.latest(tmp_path / "run").name == "00000003"
+    assert rundir.latest(tmp_path / "run").name == "00000003"
     state, _ = run(tmp_path / "run", 5, config=config, resume=True)
     assert int(state.step) == 9
 
@@ -369,7 +369,7 @@ def test_an_environment_that_raises_costs_no_learning(tmp_path):
 def test_a_longer_run_remembers_its_length(tmp_path):
     run(tmp_path / "run", 2)
     run(tmp_path / "run", 3, resume=True)
-    assert checkpoint.load_config(tmp_path / "run").collect.episodes == 3
+    assert rundir.load_config(tmp_path / "run").collect.episodes == 3
 
 
 def test_several_environments_resume_exactly(tmp_path):
@@ -386,7 +386,7 @@ def test_several_environments_resume_exactly(tmp_path):
 def test_the_action_size_is_the_environments(tmp_path):
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, action_dim=2))
     run(tmp_path / "run", 1, config=config)
-    assert checkpoint.load_config(tmp_path / "run").model.action_dim == 3
+    assert rundir.load_config(tmp_path / "run").model.action_dim == 3
     with np.load(tmp_path / "run" / "replay" / "00000000.npz", allow_pickle=False) as file:
         assert file["actions"].shape == (30, 3)
 
@@ -405,7 +405,7 @@ def test_episodes_too_short_for_a_segment_do_not_stop_the_run(tmp_path):
     state, output = run(tmp_path / "run", 6, make=functools.partial(make_counting, length=4))
     assert int(state.step) == 0
     assert output.count("no episode so far is as long as a training segment (18 steps)") == 1
-    assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
+    assert len(rundir.checkpoints(tmp_path / "run")) == 2
 
 
 def test_carracing_trains_evaluates_and_resumes_on_worker_processes(tmp_path):
@@ -474,12 +474,12 @@ def test_a_member_that_there_is_not_is_named_before_anything_is_made(tmp_path, c
 
 def test_a_run_resumes_only_with_its_own_settings(straight):
     directory, _, _ = straight
-    config = checkpoint.load_config(directory)
+    config = rundir.load_config(directory)
     with pytest.raises(UsageError, match=r"another learn.batch_size: the run has 8, not 16"):
         run(directory, 5, resume=True, config=config.replace(learn={"batch_size": 16}))
     with pytest.raises(UsageError, match=r"another collect.episodes_per_round"):
         run(directory, 5, resume=True, config=config.replace(collect={"episodes_per_round": 3}))
-    assert checkpoint.load_config(directory) == config
+    assert rundir.load_config(directory) == config
     longer = parse_arguments(["--resume", str(directory), "--collect.episodes", "9"]).config
     assert longer.collect.episodes == 9
 
@@ -512,7 +512,7 @@ def test_training_stops_after_consecutive_non_finite_updates(tmp_path, monkeypat
     poison(monkeypatch, range(2, 100))
     with pytest.raises(StoppedError, match=r"4 updates in a row.*loss/reward.* in update 6"):
         run(tmp_path / "run", 5, config=config)
-    assert checkpoint.latest(tmp_path / "run").name == "00000004"
+    assert rundir.latest(tmp_path / "run").name == "00000004"
     batches = sorted((tmp_path / "run" / "nonfinite").glob("*.npz"))
     assert [path.stem for path in batches] == [f"{n:08d}" for n in (3, 4, 5, 6)]
     with np.load(batches[0], allow_pickle=False) as file:
@@ -546,7 +546,7 @@ def test_training_stops_if_the_planner_has_no_finite_score(tmp_path, monkeypatch
     config = CONFIG.replace(learn={"nonfinite_limit": 2}, collect={"num_envs": num_envs})
     with pytest.raises(StoppedError, match="2 episodes in a row, the last of them episode 2"):
         run(tmp_path / "run", 6, config=config)
-    assert checkpoint.latest(tmp_path / "run").name == ("00000002" if num_envs == 1 else "00000003")
+    assert rundir.latest(tmp_path / "run").name == ("00000002" if num_envs == 1 else "00000003")
 
 
 class FullDisk:
@@ -556,7 +556,7 @@ class FullDisk:
         self.full = False
         self.refused = []
         for module, name, error in (
-            (checkpoint, "_write_arrays", OSError(errno.ENOSPC, "No space left on device")),
+            (npz, "_write_arrays", OSError(errno.ENOSPC, "No space left on device")),
             (ocp.StandardCheckpointer, "save", ValueError("RESOURCE_EXHAUSTED: Error writing")),
             (os, "fsync", OSError(errno.ENOSPC, "No space left on device")),
         ):
@@ -590,7 +590,7 @@ def test_a_run_survives_a_full_disk(straight, tmp_path, monkeypatch, full):
     assert "warning: cannot write metrics.jsonl, will try again" in output
     assert "warning: cannot save a checkpoint" in output
     chex.assert_trees_all_equal(after.params, state.params)
-    newest = checkpoint.latest(tmp_path / "run")
+    newest = rundir.latest(tmp_path / "run")
     assert newest.name == "00000005"
     assert checkpoint.verify(newest) == []
     assert list(checkpoint.verify_replay(tmp_path / "run", newest)) == []

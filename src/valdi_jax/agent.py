@@ -20,7 +20,7 @@ from valdi_jax.envs import interface_of, make_env, own_env
 from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import evaluate
 from valdi_jax.observation import Observation
-from valdi_jax.run.checkpoint import StoredAgent, open_agent
+from valdi_jax.run.stored import StoredAgent, open_agent
 from valdi_jax.run.video import record_video
 from valdi_jax.types import Array, Params, Plan
 

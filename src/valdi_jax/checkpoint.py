@@ -18,17 +18,10 @@ from valdi_jax import cli
 from valdi_jax.config import from_dict
 from valdi_jax.errors import UsageError
 from valdi_jax.run import agents
-from valdi_jax.run.checkpoint import (
-    accept_config,
-    checkpoints,
-    export,
-    latest,
-    load_config,
-    open_agent,
-    verify,
-    verify_replay,
-)
+from valdi_jax.run.checkpoint import verify, verify_replay
 from valdi_jax.run.manifest import MANIFEST, read_signed
+from valdi_jax.run.rundir import accept_config, checkpoints, latest, load_config
+from valdi_jax.run.stored import export, open_agent
 
 __all__ = ["main", "open_agent"]
 

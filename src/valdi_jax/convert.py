@@ -23,7 +23,7 @@ from valdi_jax.dynamics import DYNAMICS
 from valdi_jax.errors import UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.presets import PRESETS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, rundir
 from valdi_jax.types import Params
 
 ParamPath = tuple[str, ...]
@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         params = params_from_reference(tensors, config)
     except ValueError as error:
         raise UsageError(f"{arguments.checkpoint}: {error}") from error
-    with checkpoint.lock(arguments.out):
+    with rundir.lock(arguments.out):
         checkpoint.create_run(arguments.out, config)
         checkpoint.save_params(arguments.out, params)
     print(f"{arguments.out}: {model.parameter_count(params):,} parameters")

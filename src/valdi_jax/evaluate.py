@@ -31,7 +31,7 @@ from valdi_jax.envs import (
 from valdi_jax.envs.workers import make_pool
 from valdi_jax.errors import UsageError
 from valdi_jax.planners import PLANNERS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import stored
 from valdi_jax.run.manifest import check_writable, write_json
 from valdi_jax.run.video import record_video, video_writer
 from valdi_jax.types import Params
@@ -135,7 +135,7 @@ def summary(returns: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAgent]:
+def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, stored.StoredAgent]:
     """Parse the command line; the agent's configuration gets the planner options.
 
     Raises:
@@ -149,7 +149,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Arguments, checkpoint.StoredAg
         description="Evaluate a trained agent on fixed episodes.",
     )
     # The first pass finds the run, whose planner gives the defaults of the second.
-    agent = checkpoint.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
+    agent = stored.open_agent(parse(default=Arguments(run=tyro.MISSING)).run)
     config = agent.config
     arguments = parse(default=Arguments(run=tyro.MISSING, planner=config.planner))
     import_modules(arguments.imports)  # they may register the planner and the world model

@@ -177,11 +177,11 @@ def write_replay(run: Path, name: str) -> np.ndarray:
     minari = _minari()
     from minari.data_collector import EpisodeBuffer
 
-    from valdi_jax.run import checkpoint
+    from valdi_jax.run import checkpoint, npz, rundir, stored
 
     _check_name(name)
-    agent = checkpoint.open_agent(run)  # its name is that of the newest checkpoint
-    directory, newest = checkpoint.locate(Path(agent.name))
+    agent = stored.open_agent(run)  # its name is that of the newest checkpoint
+    directory, newest = rundir.locate(Path(agent.name))
     if newest is None:
         raise UsageError(f"{run} is no run: it has no replay buffer")
     if agent.made_by:
@@ -200,7 +200,7 @@ def write_replay(run: Path, name: str) -> np.ndarray:
     buffers: list[EpisodeBuffer] = []
     returns = []
     for number in checkpoint.replay_digests(newest):
-        episode = checkpoint.load_episode(directory, number, interface.example, config)
+        episode = npz.load_episode(directory, number, interface.example, config)
         last = np.arange(len(episode)) == len(episode) - 1
         buffers.append(
             EpisodeBuffer(

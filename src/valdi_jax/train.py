@@ -68,9 +68,9 @@ def train(
 
     Args:
         config: the run's configuration.
-        run_dir: where it is stored (see `run.checkpoint`).
+        run_dir: where it is stored (see `run.rundir`).
         resume: continue from the last checkpoint instead of starting a run.
-        init_from: agent whose parameters a new run starts from (see `run.checkpoint.open_agent`).
+        init_from: agent whose parameters a new run starts from (see `run.stored.open_agent`).
         make: called as ``make(config.env, training=True)`` for training and with ``training=False``
             for evaluation; must be picklable if there are several environments.
         console: where progress is shown.
@@ -116,15 +116,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if given is not None and resumed is not None:
         raise UsageError("--init-from and --resume exclude each other: a run has its parameters")
     if resumed or given:
-        from valdi_jax.run import checkpoint
+        from valdi_jax.run import rundir, stored
     if resumed:
-        base = checkpoint.load_config(Path(resumed))
+        base = rundir.load_config(Path(resumed))
     elif given and chosen is None:
-        base = checkpoint.open_agent(Path(given)).config
+        base = stored.open_agent(Path(given)).config
     else:
         env = _environment(argv)
         if not env and given:
-            env = {"name": checkpoint.open_agent(Path(given)).config.env.name}
+            env = {"name": stored.open_agent(Path(given)).config.env.name}
         base = default_config(env.get("name"), chosen).replace(env=env)
     arguments = cli.parse(
         Arguments,

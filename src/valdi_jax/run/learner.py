@@ -25,7 +25,7 @@ from valdi_jax.model import NETWORKS
 from valdi_jax.observation import Observation
 from valdi_jax.planners import PLANNERS
 from valdi_jax.registry import Registry
-from valdi_jax.run import checkpoint
+from valdi_jax.run import npz
 from valdi_jax.run.processes import Processes
 from valdi_jax.types import AgentState, Array, Batch, Params
 from valdi_jax.updates import (
@@ -127,7 +127,7 @@ class Learner:
     def add(self, episode: Episode) -> None:
         """Add a new episode, in all processes."""
         if self._processes.leads:
-            self._processes.tell("episode", checkpoint.pack_episode(episode))
+            self._processes.tell("episode", npz.pack_episode(episode))
         self._processes.progress()
         self.restore(episode)
         if trains_encoder(self._config):
@@ -142,7 +142,7 @@ class Learner:
         """
         while (word := self._processes.receive(interrupt)).kind != "end":
             if word.kind == "episode":
-                self.add(checkpoint.unpack_episode(word.body, self._example, self._config))
+                self.add(npz.unpack_episode(word.body, self._example, self._config))
                 continue
             if int(word.body) != self.updates:
                 raise StoppedError(
@@ -290,7 +290,7 @@ class Learner:
         limit = self._config.learn.nonfinite_limit
         sentence = _refusal(number, values)
         try:
-            path = checkpoint.save_batch(self._run_dir, number, batch)
+            path = npz.save_batch(self._run_dir, number, batch)
             sentence += f"; its batch is in {path}"
             for old in sorted(path.parent.glob("*.npz"))[:-limit]:
                 old.unlink()

@@ -31,7 +31,7 @@ from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.losses import trains_encoder
 from valdi_jax.model import params_shapes
 from valdi_jax.planners import PLANNERS
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, npz, rundir, stored
 from valdi_jax.run.learner import Learner, check
 from valdi_jax.run.processes import Processes, start
 from valdi_jax.run.reporter import Reporter
@@ -70,7 +70,7 @@ def train(
         config = config.replace(learn=_OF_THE_START)
         if resume:
             _belongs(run_dir, make)
-            theirs = checkpoint.load_config(run_dir).env.name
+            theirs = rundir.load_config(run_dir).env.name
             if config.env.name != theirs:
                 raise UsageError(
                     f"cannot resume with another environment: the run has {theirs}, not "
@@ -90,7 +90,7 @@ def train(
         given, trained = None, config.model.networks if resume else ()
         if init_from is not None:
             first = _first_state(source)
-            agent = checkpoint.open_agent(init_from)
+            agent = stored.open_agent(init_from)
             try:
                 params = agent.load(source.example, config=config, fresh=first.params)
             except UsageError as error:
@@ -114,7 +114,7 @@ def train(
             signalled()
             processes.check()
 
-        lock = stack.enter_context(checkpoint.lock(run_dir))
+        lock = stack.enter_context(rundir.lock(run_dir))
         if resume:
             _may_resume(run_dir, config)
         # Here, as processes inherit what the main thread ignores; before anything is written.
@@ -152,10 +152,10 @@ def train(
             for name in sorted(set(config.model.networks) - set(trained)):
                 reporter.say(f"note: {name} starts untrained: {init_from} has none")
         if resume:
-            new = checkpoint.options_since(run_dir)
+            new = rundir.options_since(run_dir)
             if new:
                 reporter.say(f"note: at their defaults, as the run is older: {', '.join(new)}")
-            checkpoint.save_config(run_dir, config)
+            rundir.save_config(run_dir, config)
         learner = Learner(
             *(state, source.example),
             config=config,
@@ -165,7 +165,7 @@ def train(
             processes=processes,
         )
         for number in recovered.digests:
-            episode = checkpoint.load_episode(run_dir, number, source.example, config)
+            episode = npz.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
         if jax.device_count() > 1:
             samples = PLANNERS[config.planner.kind].plan is not None
@@ -250,7 +250,7 @@ def _follow(
         processes=processes,
     )
     for number in begun["replay"]:
-        learner.restore(checkpoint.load_episode(run_dir, number, source.example, config))
+        learner.restore(npz.load_episode(run_dir, number, source.example, config))
     learner.follow(interrupt)
     return learner.local
 
@@ -346,7 +346,7 @@ def _loop(
 def _how_to_resume(run_dir: Path) -> str:
     known = None
     with contextlib.suppress(UsageError):  # a damaged identity hides no other error
-        known = checkpoint.identity(run_dir)
+        known = rundir.identity(run_dir)
     if known and known["made_by"]:
         return f"continue with the same program and train({str(run_dir)!r}, resume=True)"
     imports = " ".join(["", "--env.import", *modules]) if (modules := imported_modules()) else ""
@@ -362,7 +362,7 @@ def _first_state(source: Source) -> AgentState:
 
 def _belongs(run_dir: Path, make: Callable[..., gym.Env]) -> None:
     """Raise UsageError if a run is of other environments than this package makes."""
-    known = checkpoint.identity(run_dir)
+    known = rundir.identity(run_dir)
     if known and known["made_by"] and make is make_env:
         raise UsageError(
             f"{run_dir} was trained on environments that {known['made_by']} makes: continue it "
@@ -374,7 +374,7 @@ def _check_data(
     recorded: Sequence[Episode], config: Config, resumed: Path | None, *, fresh: bool
 ) -> None:
     """Raise UsageError if recorded episodes are missing, too short, or not the resumed run's."""
-    known = checkpoint.identity(resumed) if resumed else None
+    known = rundir.identity(resumed) if resumed else None
     began = known["data"] if known else None
     if began and began != digest(recorded) and began != digest(recorded, ends=False):
         raise UsageError(f"the recorded data are not those that {resumed} began with")
@@ -395,9 +395,7 @@ def _check_data(
 
 def _may_resume(run_dir: Path, config: Config) -> None:
     """Raise UsageError if a run cannot resume with this configuration."""
-    theirs, ours = (
-        dict(leaves(to_dict(each))) for each in (checkpoint.load_config(run_dir), config)
-    )
+    theirs, ours = (dict(leaves(to_dict(each))) for each in (rundir.load_config(run_dir), config))
     for name, value in theirs.items():
         free = name in _CHANGEABLE or name.startswith(_CHANGEABLE_SECTIONS)
         if value != ours[name] and not free:

@@ -11,7 +11,7 @@ from valdi_jax.config import Config
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.rollout import Rollout
 from valdi_jax.data.source import Progress
-from valdi_jax.run import checkpoint
+from valdi_jax.run import checkpoint, npz, rundir
 from valdi_jax.run.learner import Learner
 from valdi_jax.run.rounds import Rounds
 
@@ -27,7 +27,7 @@ class Saver:
 
     def __init__(
         self,
-        lock: checkpoint.Lock,
+        lock: rundir.Lock,
         run_dir: Path,
         config: Config,
         learner: Learner,
@@ -92,13 +92,13 @@ class Saver:
             self._say(f"warning: cannot save a checkpoint: {error}; the last one stays")
             return
         self._saved = dataclasses.replace(self._progress)
-        oldest = int(checkpoint.checkpoints(self.run_dir)[0].name) - self._config.replay.capacity
-        checkpoint.prune_episodes(self.run_dir, before=oldest)
+        oldest = int(rundir.checkpoints(self.run_dir)[0].name) - self._config.replay.capacity
+        npz.prune_episodes(self.run_dir, before=oldest)
 
     def _save_episodes(self) -> None:
         """Raises OSError on failure; episodes not yet written stay pending."""
         while self._unsaved:
             number = min(self._unsaved)
             episode = self._unsaved[number]
-            self._digests[number] = checkpoint.save_episode(self.run_dir, number, episode)
+            self._digests[number] = npz.save_episode(self.run_dir, number, episode)
             del self._unsaved[number]

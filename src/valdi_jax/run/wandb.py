@@ -8,7 +8,7 @@ from typing import Any
 
 from valdi_jax.config import Config, to_dict
 from valdi_jax.errors import UsageError
-from valdi_jax.run import checkpoint
+from valdi_jax.run import rundir
 
 
 class WandB:
@@ -34,7 +34,7 @@ class WandB:
             self._run = wandb.init(
                 project="valdi-jax",
                 name=self._run_dir.resolve().name,
-                id=(checkpoint.identity(self._run_dir) or {}).get("id"),
+                id=(rundir.identity(self._run_dir) or {}).get("id"),
                 resume="allow",
                 config=to_dict(self._config),
             )
