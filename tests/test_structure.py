@@ -44,7 +44,7 @@ ORDER = [
         "run.processes",
         "run.learner",
     ),
-    *("run.log", "run.display", "run.reporter", "run.rounds", "run.saver", "run.loop"),
+    *("run.notes", "run.log", "run.display", "run.reporter", "run.rounds", "run.saver", "run.loop"),
     *("train", "evaluate", "agent", "record", "checkpoint", "convert"),
 ]
 

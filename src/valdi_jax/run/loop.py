@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shlex
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import jax
-import numpy as np
 from rich.console import Console
 
 from valdi_jax import cli
@@ -23,16 +20,14 @@ from valdi_jax.data.collector import Interrupt
 from valdi_jax.data.episode import Episode
 from valdi_jax.data.recorded import GIVEN, digest
 from valdi_jax.data.replay import Replay
-from valdi_jax.data.rollout import first_carries, plan_batch
 from valdi_jax.data.source import SOURCES, Progress, Source
-from valdi_jax.data.store import store_shapes
 from valdi_jax.envs import imported_modules, make_env
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.losses import trains_encoder
 from valdi_jax.model import params_shapes
-from valdi_jax.planners import PLANNERS
 from valdi_jax.run import checkpoint, npz, rundir, stored
 from valdi_jax.run.learner import Learner, check
+from valdi_jax.run.notes import notes
 from valdi_jax.run.processes import Processes, start
 from valdi_jax.run.reporter import Reporter
 from valdi_jax.run.rounds import Rounds
@@ -67,45 +62,17 @@ def train(
     start(config.learn)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(Processes(config.learn.watchdog))
-        config = config.replace(learn=_OF_THE_START)
-        if resume:
-            _belongs(run_dir, make)
-            theirs = rundir.load_config(run_dir).env.name
-            if config.env.name != theirs:
-                raise UsageError(
-                    f"cannot resume with another environment: the run has {theirs}, not "
-                    f"{config.env.name}"
-                )
-        if data is not None:
-            config = config.replace(collect={"data": GIVEN})
-        # The source determines the action size, but takes a configuration first.
-        validate(config.replace(model={"action_dim": 1}))
-        source = SOURCES[config.collect.source](config, make, data)
-        stack.callback(source.close)
-        config = source.config
-        validate(config)
-        check(source.example, config)
         if resume and init_from is not None:
             raise UsageError("a run that is resumed has its parameters: init_from is for a new one")
-        given, trained = None, config.model.networks if resume else ()
-        if init_from is not None:
-            first = _first_state(source)
-            agent = stored.open_agent(init_from)
-            try:
-                params = agent.load(source.example, config=config, fresh=first.params)
-            except UsageError as error:
-                raise UsageError(f"{error}{_differences(agent.config, config)}") from error
-            given = start_from(first, params)
-            trained = agent.config.model.networks
+        source = _prepared(config.replace(learn=_OF_THE_START), run_dir, make, resume, data)
+        stack.callback(source.close)
+        config = source.config
+        given = None if init_from is None else _given(source, init_from)
+        trained = given.config.model.networks if given else config.model.networks if resume else ()
         require_terms(config, trained)
         recorded = source.recorded()
-        named = config.collect.data
-        if given is not None and trains_encoder(config):
-            # Its normaliser has seen the data that it learned from, as far as names tell.
-            known = named != GIVEN and named == agent.config.collect.data
-            for episode in () if known else recorded:
-                given = observe(given, episode.observations.vector)
-        _check_data(recorded, config, run_dir if resume else None, fresh=init_from is None)
+        first = None if given is None else _having_seen(recorded, given, config)
+        _check_data(recorded, config, run_dir if resume else None, fresh=given is None)
         signalled = stack.enter_context(cli.interruptible())
         if processes.follows:
             return _follow(source, recorded, processes, signalled)
@@ -122,7 +89,7 @@ def train(
         stack.callback(collector.close)
         if not resume:
             made_by = None if make is make_env else _name(make)
-            checkpoint.create_run(*(run_dir, config, given), made_by=made_by, data=digest(recorded))
+            checkpoint.create_run(*(run_dir, config, first), made_by=made_by, data=digest(recorded))
         known = resume or init_from is not None
         recovered = checkpoint.recover(run_dir) if known else checkpoint.Recovered()
         if processes.leads:
@@ -145,9 +112,6 @@ def train(
         reporter.say(f"run directory: {run_dir}")
         for sentence in filter(None, [lock.warning, *recovered.sentences]):
             reporter.say(f"warning: {sentence}")
-        total, seeds = config.collect.episodes, config.collect.seed_episodes
-        if total <= seeds and not recorded:
-            reporter.say(f"note: {total} episodes end before the first update, after {seeds}")
         if init_from is not None:
             for name in sorted(set(config.model.networks) - set(trained)):
                 reporter.say(f"note: {name} starts untrained: {init_from} has none")
@@ -167,15 +131,8 @@ def train(
         for number in recovered.digests:
             episode = npz.load_episode(run_dir, number, source.example, config)
             learner.restore(episode)
-        if jax.device_count() > 1:
-            samples = PLANNERS[config.planner.kind].plan is not None
-            alone = config.collect.lag or config.collect.cluster or samples
-            planning = 1 if alone else jax.local_device_count()
-            shared = f" of {processes.count} processes" if processes.several else ""
-            reporter.say(f"planning on {planning} devices, learning on {learner.devices}{shared}")
-        _say_idle(source, reporter)
-        _say_cost(source, learner, reporter)
-        _say_memory(source, reporter)
+        for sentence in notes(source, learner, processes, recorded):
+            reporter.say(sentence)
         stack.enter_context(reporter.live())
         rounds = Rounds(source, learner, collector, under_way)
         saver = Saver(
@@ -183,6 +140,73 @@ def train(
         )
         _loop(config, source, learner, rounds, saver, reporter, progress, interrupt)
     return learner.local
+
+
+def _prepared(
+    config: Config,
+    run_dir: Path,
+    make: Callable[..., gym.Env],
+    resume: bool,
+    data: Iterable[Any] | None,
+) -> Source:
+    """The source of episodes, whose configuration is complete and checked.
+
+    Raises:
+        UsageError: as `train`.
+    """
+    if resume:
+        _belongs(run_dir, make)
+        theirs = rundir.load_config(run_dir).env.name
+        if config.env.name != theirs:
+            raise UsageError(
+                f"cannot resume with another environment: the run has {theirs}, not "
+                f"{config.env.name}"
+            )
+    if data is not None:
+        config = config.replace(collect={"data": GIVEN})
+    # The source determines the action size, but takes a configuration first.
+    validate(config.replace(model={"action_dim": 1}))
+    source = SOURCES[config.collect.source](config, make, data)
+    try:
+        validate(source.config)
+        check(source.example, source.config)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+class _Given(NamedTuple):
+    """What a run starts from."""
+
+    state: AgentState
+    config: Config  # that the agent was trained with
+
+
+def _given(source: Source, init_from: Path) -> _Given:
+    """A fresh agent with the parameters of another one.
+
+    Raises:
+        UsageError: if there is none, or it does not fit.
+    """
+    config, fresh = source.config, _first_state(source)
+    agent = stored.open_agent(init_from)
+    try:
+        params = agent.load(source.example, config=config, fresh=fresh.params)
+    except UsageError as error:
+        raise UsageError(f"{error}{_differences(agent.config, config)}") from error
+    return _Given(start_from(fresh, params), agent.config)
+
+
+def _having_seen(recorded: Sequence[Episode], given: _Given, config: Config) -> AgentState:
+    """The given agent, its normaliser updated with recorded episodes that are new to it."""
+    named, state = config.collect.data, given.state
+    # As far as names tell.
+    known = named != GIVEN and named == given.config.collect.data
+    if trains_encoder(config) and not known:
+        for episode in recorded:
+            state = observe(state, episode.observations.vector)
+    return state
 
 
 def _begin(
@@ -421,56 +445,3 @@ def _name(make: Callable[..., gym.Env]) -> str:
     while isinstance(make, functools.partial):
         make = make.func
     return f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
-
-
-def _say_idle(source: Source, reporter: Reporter) -> None:
-    """Say so if rounds are too small for the actors."""
-    collect = source.config.collect
-    parts = -(-len(source.next_round(0)) // collect.num_envs) * max(1, collect.lag)
-    if parts < collect.actors:
-        reporter.say(
-            f"note: {parts} of {collect.actors} actors will have work: "
-            "--collect.episodes-per-round or --collect.lag gives more"
-        )
-
-
-def _say_memory(source: Source, reporter: Reporter) -> None:
-    """Warn where a full replay will not fit into the memory that there is."""
-    config = source.config
-    if not config.episode_steps:
-        return
-    shapes = jax.tree.leaves(store_shapes(source.example, config))
-    needed = sum(x.size * x.dtype.itemsize for x in shapes) / 1e9
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    if needed > 0.8 * memory:
-        reporter.say(
-            f"warning: a full replay takes {needed:.0f} GB, and this machine has {memory:.0f}: a "
-            "smaller --replay.capacity or --env.render-every chunk takes less"
-        )
-
-
-def _say_cost(source: Source, learner: Learner, reporter: Reporter) -> None:
-    """Report the time of a decision if it is high on this CPU."""
-    config = source.config
-    passes = PLANNERS[config.planner.kind].passes(config)
-    if config.planner.candidates * passes < 2000 or jax.default_backend() != "cpu":
-        return
-    size = -(-config.collect.num_envs // (2 if config.collect.lag else 1))  # as in a rollout
-    seconds = []
-    for _ in range(2):  # the first call compiles
-        start = time.perf_counter()
-        with learner.planning() as params:
-            plan = plan_batch(
-                params,
-                jax.tree.map(lambda x: np.stack([x] * size), source.example),
-                jax.random.split(jax.random.key(0), size),
-                np.zeros(size, np.int32),
-                np.float32(0),
-                first_carries(size, config),
-                config=config.graph,
-            )
-            jax.block_until_ready(plan)
-        seconds.append(time.perf_counter() - start)
-    sized = config.env.name == "carracing" and not config.diffuses_plans
-    remedy = "--preset cpu is sized for it" if sized else "fewer --planner.candidates cost less"
-    reporter.say(f"note: a decision costs {seconds[-1]:.1f} s on this CPU; {remedy}")
