@@ -302,6 +302,15 @@ def test_the_old_reset_is_named(answer):
         Stepper(lambda: Given(THREE, answer)).reset(0)
 
 
+def test_a_reset_without_a_seed_is_named():
+    class Seedless(Given):
+        def reset(self):
+            return self._first
+
+    with pytest.raises(UsageError, match=r"reset\(\) has to take a seed"):
+        own_env(lambda config, training: Seedless(THREE, None), EnvConfig(), training=True)
+
+
 def test_the_old_step_is_named():
     stepper = Stepper(lambda: Given(THREE, (np.zeros(3), {}), step=(np.zeros(3), 0.0, False, {})))
     stepper.reset(0)

@@ -175,19 +175,18 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
         UsageError: if its episodes have no limit, it does not hold actions as configured, or is no
             environment; or if the factory cannot be called as it has to be.
     """
-    try:
-        inspect.signature(make).bind(config, training=training)
-    except ValueError:  # a built-in that does not say what it takes
-        pass
-    except TypeError as error:
+    if reason := _takes_not(make, config, training=training):
         raise UsageError(
-            f"make={make!r} is not a function make(config.env, training=...): {error}"
-        ) from error
+            f"make={make!r} is not a function make(config.env, training=...): {reason}"
+        )
     env = make(config, training=training)
     if make is make_env:
         return env
     if not hasattr(env, "reset"):
         raise UsageError(f"the factory made no environment but {env!r}: it has to return one")
+    if reason := _takes_not(env.reset, seed=0):
+        env.close()
+        raise UsageError(f"the environment's reset() has to take a seed, as in Gymnasium: {reason}")
     spec = getattr(env, "spec", None)
     limit = spec.max_episode_steps if spec is not None else None
     inner, holds = env, 1
@@ -213,6 +212,17 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
         "the environment has no time limit: give --env.max-steps (env.max_steps), or wrap it in "
         "gymnasium.wrappers.TimeLimit"
     )
+
+
+def _takes_not(call: Callable[..., object], *args: object, **kwargs: object) -> str:
+    """Why a call cannot be made with these arguments; empty if it can."""
+    try:
+        inspect.signature(call).bind(*args, **kwargs)
+    except ValueError:  # a built-in that does not say what it takes
+        pass
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def interface_of(factory: Callable[[], gym.Env]) -> Interface:
