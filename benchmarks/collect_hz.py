@@ -2,8 +2,8 @@
 
 python benchmarks/collect_hz.py carracing --actors 0 1 2 3 --episodes 4
 
-Each line is one collector, its programs compiled before; 0 actors are the process itself. The
-episodes are the fixed ones of evaluations, so that all lines drive the same.
+Each line is one collector, its programs compiled before; 0 actors are the process itself. Each
+actor gets the same first of the fixed evaluation tracks, with the ends of training episodes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 from valdi_jax import cli
 from valdi_jax.compilation import cache_compilations
 from valdi_jax.data.collector import Collector
+from valdi_jax.data.rollout import Job
 from valdi_jax.data.source import Environments, evaluation_jobs
 from valdi_jax.envs import make_env
 from valdi_jax.run.stored import open_agent
@@ -37,9 +38,10 @@ def main(argv: Sequence[str]) -> None:
         params = agent.load(source.example)
         collector = source.open()
         try:
-            run(collector, params, max(1, actors))  # compiles
-            count = arguments.episodes * max(1, actors)
-            seconds, steps = run(collector, params, count)
+            run(collector, params, evaluation_jobs(1) * max(1, actors))  # compiles
+            jobs = evaluation_jobs(arguments.episodes) * max(1, actors)
+            count = len(jobs)
+            seconds, steps = run(collector, params, jobs)
         finally:
             collector.close()
             source.close()
@@ -50,10 +52,10 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def run(collector: Collector, params, count: int) -> tuple[float, int]:
-    """Seconds and environment steps of ``count`` episodes."""
+def run(collector: Collector, params, jobs: Sequence[Job]) -> tuple[float, int]:
+    """Seconds and environment steps of episodes."""
     start = time.perf_counter()
-    ticket = collector.submit(params, 0, evaluation_jobs(count), 0.0)
+    ticket = collector.submit(params, 0, jobs, 0.0)
     rollouts = collector.result(ticket, lambda: None)
     seconds = time.perf_counter() - start
     return seconds, sum(len(rollout.episode) for rollout in rollouts)

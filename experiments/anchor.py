@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--episodes", type=int, default=10, help="at least 2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.episodes < 2:
+        parser.error("--episodes has to be at least 2, or there is no standard error")
     agent = evidence.load(arguments.agent, "policy", "energy", "value")
     rows = [with_eta(agent, eta, arguments.episodes) for eta in arguments.eta]
     if arguments.json:

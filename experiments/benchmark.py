@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from sweep import Cell, interquartile_mean, interval, parse_grid, run_grid, table
+from sweep import Cell, aggregate, common_tasks, parse_grid, run_grid, table
 
 from valdi_jax import cli
 
@@ -58,13 +58,9 @@ def beside(others: Curves, tasks: list[str], step: int) -> str:
         for task in known
     ]
     if known:
-        row = [
-            "{:.0f} [{:.0f}, {:.0f}]".format(
-                *interval([others[m][task][step] for task in known], interquartile_mean)
-            )
-            for m in methods
-        ]
-        lines.append("| interquartile mean, 95% interval | " + " | ".join(row) + " |")
+        row = [aggregate([others[m][task][step] for task in known]) for m in methods]
+        title = f"interquartile mean of {len(known)} tasks, 95% interval"
+        lines.append(f"| {title} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -136,7 +132,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_grid(parser, argv, tasks=TASKS)
     cells = run_grid(arguments)
     others = published()
-    print(table(cells, arguments.step), beside(others, arguments.tasks, arguments.step), sep="\n\n")
+    tasks = common_tasks(cells, arguments.step) or arguments.tasks
+    print(table(cells, arguments.step), beside(others, tasks, arguments.step), sep="\n\n")
     if any(len(cell.curve()[0]) for cell in cells):
         draw(cells, others, arguments.step, arguments.out)
         print(arguments.out)

@@ -90,6 +90,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error("--steps has to be at least 1")
     stream = min(STREAM, arguments.steps)
     env = make_maze(f"{arguments.maze}-multi", max_steps=stream, wander=True)
     controller = Waypoints(env.unwrapped.maze, seed=arguments.seed)

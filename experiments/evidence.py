@@ -154,7 +154,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], arguments: Sequence[str]) 
             **packages,
             "valdi_jax": valdi_jax.__version__,
         },
-        "cpu": os.cpu_count(),
+        "cpu": len(os.sched_getaffinity(0)),
         "device": jax.devices()[0].device_kind,
     }
     write_json(path, about | {"rows": list(rows)})

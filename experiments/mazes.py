@@ -167,8 +167,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--replan",
         type=float,
-        default=0.0,
-        help="distance from a plan that starts another; 0: none",
+        help="distance from a plan that starts another; 0: none; the run's by default",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="results with what made them")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="plans over the maze (.png)")
@@ -176,7 +175,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = evidence.parse(parser, argv, {"episodes": QUICK["episodes"]})
     if arguments.horizon is not None and arguments.horizon < 2:
         raise UsageError(f"--horizon is {arguments.horizon}; it must be above 1")
-    if not 0 <= arguments.replan < float("inf"):
+    if arguments.replan is not None and not 0 <= arguments.replan < float("inf"):
         raise UsageError(f"--replan is {arguments.replan}; it must be 0 or a distance")
     return arguments
 
@@ -192,7 +191,9 @@ def main(argv: Sequence[str]) -> int:
     if given.config.planner.diffuser.controller != "waypoints":
         raise UsageError(f"{arguments.agent} is no Diffuser that follows its plans by waypoints")
     steps, horizon = MAZES[layout][2], arguments.horizon or given.config.model.horizon + 1
-    settings = dataclasses.replace(given.config.planner.diffuser, replan_distance=arguments.replan)
+    settings = given.config.planner.diffuser
+    if arguments.replan is not None:
+        settings = dataclasses.replace(settings, replan_distance=arguments.replan)
     config = given.config.replace(
         env={"max_steps": steps}, model={"horizon": horizon - 1}, planner={"diffuser": settings}
     )
@@ -214,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
                 "random": drive(agent, random, jobs),
             }
             for row in rows_of(layout, task, found):
-                rows.append({"horizon": horizon, "replan_distance": arguments.replan} | row)
+                rows.append({"horizon": horizon, "replan_distance": settings.replan_distance} | row)
                 bar.console.print(line(row), highlight=False)
             if arguments.json:
                 evidence.write(arguments.json, rows, [__file__, *argv])

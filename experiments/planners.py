@@ -22,6 +22,7 @@ import numpy as np
 
 from valdi_jax import Agent, cli
 from valdi_jax.config import MBDPOConfig, PlannerConfig, validate
+from valdi_jax.errors import UsageError
 from valdi_jax.evaluate import summary
 from valdi_jax.planners import PLANNERS
 from valdi_jax.planners.base import Problem
@@ -128,7 +129,7 @@ def on_agents(
             plan_ms = float(1000 * np.median(np.concatenate([r.plan_seconds for r in scored])))
             results.append(
                 {
-                    "task": Path(name).name,
+                    "task": name,
                     "planner": kind,
                     "mean": numbers["mean"],
                     "error": numbers["standard_error"],
@@ -172,6 +173,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args(argv)
     kinds, evaluations = arguments.planners, arguments.evaluations
+    for option, given in (("--planners", kinds), ("--agents", arguments.agents or [])):
+        if len(set(given)) < len(given):
+            raise UsageError(f"{option} names one twice: {' '.join(given)}")
     if "guided" in kinds and not arguments.agents:
         parser.error("guided samples from an agent's prior: give --agents")
     if arguments.agents:

@@ -89,9 +89,14 @@ def describe(agent: str) -> Named:
     """An agent by what it is stored with.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if it is none of CarRacing with a world model and values, as the paper's.
     """
     opened = open_agent(agent)
+    config = opened.config
+    if config.env.name != "carracing":
+        raise UsageError(f"{agent} is of {config.env.name}: the paper's figures are of carracing")
+    if config.diffuses_plans or "q" in config.model.networks:
+        raise UsageError(f"{agent} has no values of states, which the paper's table is of")
     own = Path(agent) if (Path(agent) / "metrics.jsonl").exists() else None
     generative = DYNAMICS[opened.config.model.dynamics].step is None
     decoder = shipped(agent)

@@ -209,41 +209,60 @@ def interquartile_mean(values: np.ndarray) -> float:
     return float(trim_mean(values, 0.25))
 
 
+def aggregate(groups: list[np.ndarray]) -> str:
+    """Interquartile mean of tasks' scores, with its interval if each has several seeds."""
+    if min(map(len, groups)) < 2:
+        return f"{interquartile_mean(np.concatenate(groups)):.0f}"
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*interval(groups, interquartile_mean))
+
+
+def common_tasks(cells: list[Cell], step: float = np.inf) -> list[str]:
+    """Tasks on which each agent has a score, so that their aggregates compare."""
+    scored = {(c.task, c.agent) for c in cells if last_return(c, step) is not None}
+    agents = {cell.agent for cell in cells}
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    return [task for task in tasks if all((task, agent) in scored for agent in agents)]
+
+
 def table(cells: list[Cell], step: float = np.inf) -> str:
     """Markdown: each task's last evaluation up to so many decisions, over seeds that got there."""
     agents = list(dict.fromkeys(cell.agent for cell in cells))
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     ends = {(c.task, c.agent, c.seed): last_return(c, step) for c in cells}
-    lines = ["| task | " + " | ".join(agents) + " |", "|---" * (len(agents) + 1) + "|"]
+    lines = ["| task | " + " | ".join([*agents, "decisions"]) + " |"]
+    lines.append("|---" * (len(agents) + 2) + "|")
 
     def scores(task: str, agent: str) -> np.ndarray:
         chosen = [v for (t, a, _), v in ends.items() if (t, a) == (task, agent) and v is not None]
         return np.array(chosen)
 
+    def _range(task: str) -> str:
+        scored = [c for c in cells if c.task == task and ends[c.task, c.agent, c.seed] is not None]
+        at = sorted({last_evaluation(cell, step)[0] for cell in scored})
+        return " to ".join(f"{x:,.0f}" for x in dict.fromkeys([*at[:1], *at[-1:]]))
+
     for task in tasks:
         row = [_mean(scores(task, agent)) for agent in agents]
-        lines.append(f"| {task} | " + " | ".join(row) + " |")
-    if len(tasks) > 1:
-        row = []
-        for agent in agents:
-            groups = [group for task in tasks if len(group := scores(task, agent))]
-            value = (
-                "{:.0f} [{:.0f}, {:.0f}]".format(*interval(groups, interquartile_mean))
-                if groups
-                else ""
-            )
-            row.append(value)
-        lines.append("| interquartile mean, 95% interval | " + " | ".join(row) + " |")
+        lines.append(f"| {task} | " + " | ".join([*row, _range(task)]) + " |")
+    common = common_tasks(cells, step)
+    if len(common) > 1:
+        row = [aggregate([scores(task, agent) for task in common]) for agent in agents]
+        title = f"interquartile mean of {len(common)} tasks, 95% interval"
+        lines.append(f"| {title} | " + " | ".join([*row, ""]) + " |")
     return "\n".join(lines)
 
 
 def last_return(cell: Cell, step: float = np.inf) -> float | None:
     """Mean return of a run's last evaluation up to a number of decisions, if it got so far."""
+    at, value = last_evaluation(cell, step)
+    return None if value is None or (step < np.inf and at < 0.95 * step) else value
+
+
+def last_evaluation(cell: Cell, step: float = np.inf) -> tuple[float, float | None]:
+    """Decisions and mean return of a run's last evaluation up to a number of decisions."""
     steps, returns = cell.curve()
-    if step < np.inf and not any(steps >= 0.95 * step):
-        return None
-    within = returns[steps <= step]
-    return float(within[-1]) if len(within) else None
+    within = steps <= step
+    return (float(steps[within][-1]), float(returns[within][-1])) if any(within) else (0.0, None)
 
 
 def _mean(values: np.ndarray) -> str:
@@ -270,6 +289,9 @@ def parse_grid(
     end = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_args(argv[:end])
     arguments.options = argv[end + 1 :]
+    missing = set(arguments.cores) - os.sched_getaffinity(0)
+    if missing:
+        parser.error(f"--cores: there is no core {min(missing)} to run on")
     return arguments
 
 
@@ -294,7 +316,9 @@ def run_grid(arguments: argparse.Namespace) -> list[Cell]:
         cell.check()
     failed = train(cells, arguments.cores, arguments.nice)
     if failed:
-        raise StoppedError(f"{len(failed)} of {len(cells)} runs failed")
+        raise StoppedError(
+            f"{len(failed)} of {len(cells)} runs failed; --gather prints what the others scored"
+        )
     return cells
 
 

@@ -35,7 +35,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 def read_run(directory: Path, metric: str, window: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The x axes of a run's episodes, and their smoothed metric."""
-    records = [r for r in read_jsonl(directory / "metrics.jsonl") if metric in r]
+    records = [r for r in read_jsonl(directory / "metrics.jsonl") if r.get(metric) is not None]
     if not records:
         raise UsageError(f"{directory} holds no episodes with {metric}")
     hold = json.loads((directory / "config.json").read_text())["env"]["action_repeat"]

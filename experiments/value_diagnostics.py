@@ -172,13 +172,19 @@ def diagnose(name: str, *, states: int, episodes: int, steps: int) -> dict[str, 
     }
 
 
+def _error(cell: dict[str, Any]) -> float | None:
+    """The larger error of those over states and over episodes, whose states hang together."""
+    errors = [cell[name] for name in ("standard_error", "episode_error")]
+    return max((error for error in errors if error is not None), default=None)
+
+
 def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     """Markdown: a row an agent, then the paper's, a column each h."""
     columns = max(rows, key=lambda row: len(row[kind]))[kind]
     title = {"td": "TD error, h =", "drift": "drift, h ="}[kind]
     lines = [
         [Path(row["agent"]).name]
-        + [evidence.plus_minus(cell["mean"], cell["standard_error"], 2) for cell in row[kind]]
+        + [evidence.plus_minus(cell["mean"], _error(cell), 2) for cell in row[kind]]
         for row in rows
     ]
     for name, numbers in PAPER[kind].items():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 
@@ -5,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from valdi_jax import evaluate
+from valdi_jax import cli, evaluate
 from valdi_jax.errors import UsageError
 from valdi_jax.model import init_params
 from valdi_jax.observation import Observation
@@ -60,6 +61,23 @@ def test_a_signal_keeps_what_is_scored(run, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert f"{episode['return']:.1f}" in printed.out
     assert "stopped after 1 of 3 episodes" in printed.err
+
+
+def test_a_signal_keeps_the_first_episodes_however_short_the_others_are(run, tmp_path, monkeypatch):
+    path, jobs = tmp_path / "out.json", evaluate.evaluation_seeds(4)
+
+    def some(params, config, *, on_rollout, **settings):
+        (whole,) = own(params, config, episodes=1)
+        for seed in (jobs[1], jobs[3], jobs[0]):  # as they end: the third is still driven
+            episode = dataclasses.replace(whole.episode, seed=seed)
+            on_rollout(dataclasses.replace(whole, episode=episode))
+        raise cli.Interrupted(signal.SIGTERM)
+
+    own = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", some)
+    assert evaluate.main([str(run), "--episodes", "4", "--json", str(path)]) == 130
+    (result,) = json.loads(path.read_text())["results"]
+    assert [episode["seed"] for episode in result["episodes"]] == jobs[:2]
 
 
 def test_an_earlier_checkpoint_can_be_evaluated(run, capsys):

@@ -20,13 +20,13 @@ from valdi_jax.config import DiffuserConfig, EnvConfig, UNetConfig, require_term
 from valdi_jax.data.recorded import environment_of, read_recorded, to_episodes
 from valdi_jax.data.replay import Replay
 from valdi_jax.data.store import gather, store_episode, store_shapes
-from valdi_jax.envs import make_env, own_env
+from valdi_jax.envs import interface_of, make_env, own_env
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.errors import UsageError
 from valdi_jax.losses import draw, objective
 from valdi_jax.model import init_params
+from valdi_jax.record import _Random, record
 from valdi_jax.record import main as record_main
-from valdi_jax.record import record
 from valdi_jax.run import checkpoint, npz, rundir, stored
 from valdi_jax.run.log import read_jsonl
 from valdi_jax.run.stored import StoredAgent, open_agent
@@ -508,6 +508,26 @@ def test_what_minari_cannot_keep_is_refused_before_it_is_recorded(datasets):
 def test_a_share_of_random_actions_needs_others(datasets):
     with pytest.raises(UsageError, match="without one, all are random"):
         record_main(["minari:pendulum/half-v0", "--env", "pendulum", "--random", "0.5"])
+
+
+def test_random_actions_in_place_of_a_controllers_are_of_the_whole_space():
+    actions = gym.spaces.Box(-1, 1, (1,), np.float32)
+    controller = _Random(actions, 0.3, 5, Still())
+    taken = np.concatenate([controller.act(None) for _ in range(4000)])
+    drawn = taken[taken != Still().act(None)]
+    assert len(drawn) == pytest.approx(1200, abs=100)
+    assert np.quantile(drawn, [0.1, 0.5, 0.9]) == pytest.approx([-0.8, 0, 0.8], abs=0.1)
+
+
+def test_data_that_do_not_say_how_long_actions_were_held_fit_single_steps_alone(datasets):
+    env = gym.wrappers.TimeLimit(gym.make("Pendulum-v1").unwrapped, 5)
+    record(env, Still(), "toy/steps-v0", episodes=1)
+    given = {"name": "pendulum", "action_repeat": 2}
+    config = DIFFUSER.replace(env=given)
+    interface = interface_of(lambda: gym.make("Pendulum-v1"))
+    with pytest.raises(UsageError, match="holds them for 2: --env"):
+        read_recorded("minari:toy/steps-v0", interface, config)
+    read_recorded("minari:toy/steps-v0", interface, config.replace(env={"action_repeat": 1}))
 
 
 def test_data_alone_must_be_named(tmp_path):

@@ -49,7 +49,7 @@ def test_a_grid_trains_once_and_is_gathered(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     run = tmp_path / "pendulum-mlp-0"
     score = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])["eval/return"]
-    assert f"| pendulum | {score:.0f} (1) |" in first.stdout
+    assert f"| pendulum | {score:.0f} (1) | 90 |" in first.stdout
     changed = (run / "metrics.jsonl").stat().st_mtime_ns
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0
@@ -89,10 +89,29 @@ def test_the_table_takes_the_last_evaluation_up_to_a_step(sweep, tmp_path):
     cells = sweep.make_grid(tmp_path, ["a", "b"], ["mlp"], [0, 1])
     for cell, last in zip(cells, (10, 20, 30, 40), strict=True):
         fake_run(cell.directory, [0.0, last, 1000.0])
-    lines = sweep.table(cells, step=12_000).splitlines()
-    assert lines[2:4] == ["| a | 20 ± 10 (2) |", "| b | 30 ± 10 (2) |"]
-    assert lines[4].startswith("| interquartile mean, 95% interval | 25 [")
-    assert sweep.table(cells, step=20_000).splitlines()[2] == "| a |  |"  # they end at 15,000
+    lines = sweep.table(cells, step=10_400).splitlines()
+    assert lines[2:4] == ["| a | 20 ± 10 (2) | 10,000 |", "| b | 30 ± 10 (2) | 10,000 |"]
+    assert lines[4].startswith("| interquartile mean of 2 tasks, 95% interval | 25 [")
+    for step in (12_000, 20_000):  # long after an evaluation, and beyond the last
+        assert sweep.table(cells, step=step).splitlines()[2] == "| a |  |  |"
+
+
+def test_aggregates_are_of_the_tasks_that_all_agents_have_done(sweep, tmp_path):
+    cells = sweep.make_grid(tmp_path, ["a", "b", "c"], ["mlp", "flow"], [0])
+    for cell in cells:
+        if cell.name != "c-mlp-0":
+            fake_run(cell.directory, [10.0] if cell.task != "c" else [900.0, 900.0])
+    assert sweep.common_tasks(cells) == ["a", "b"]
+    lines = sweep.table(cells).splitlines()
+    assert lines[4] == "| c |  | 900 (1) | 10,000 |"
+    assert lines[5] == "| interquartile mean of 2 tasks, 95% interval | 10 | 10 |  |"  # one seed
+
+
+def test_cores_that_are_not_there_are_refused(sweep, tmp_path, capsys):
+    arguments = [str(tmp_path), "--tasks", "pendulum", "--cores", "9999"]
+    with pytest.raises(SystemExit):
+        sweep.parse_grid(argparse.ArgumentParser(), arguments)
+    assert "there is no core 9999" in capsys.readouterr().err
 
 
 def test_the_interval_resamples_within_tasks(sweep):

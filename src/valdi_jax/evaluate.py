@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -282,6 +283,10 @@ def _score(arguments: Arguments, params: Params, config: Config, rollouts: list[
             )
             check()  # a signal since the last decision
         except cli.Interrupted:
+            # Of several environments the short episodes end first, whose mean is another.
+            driven = {rollout.episode.seed: rollout for rollout in rollouts}
+            seeds = evaluation_seeds(arguments.episodes)
+            rollouts[:] = [driven[seed] for seed in itertools.takewhile(driven.__contains__, seeds)]
             return True
     return False
 

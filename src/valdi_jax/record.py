@@ -68,9 +68,11 @@ class _Random:
     def __init__(
         self, actions: gym.Space, share: float, seed: int, controller: Controller | None = None
     ):
-        actions.seed(seed)
+        # Streams of their own: an environment that is reset with the seed draws from a third.
+        chosen, drawn = np.random.SeedSequence([3, seed]).spawn(2)
+        actions.seed(int(drawn.generate_state(1)[0]))
         self._actions, self._share, self._controller = actions, share, controller
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(chosen)
 
     def reset(self) -> None:
         if self._controller is not None:

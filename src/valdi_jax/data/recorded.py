@@ -41,6 +41,12 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
             raise UsageError(
                 f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not {ours}"
             )
+    held = config.env.action_repeat
+    if held > 1 and kind == "minari" and ENVIRONMENT not in _minari(rest).storage.metadata:
+        raise UsageError(
+            f"{name} does not say for how many steps its actions were held, and --env "
+            f"{config.env.name} holds them for {held}: --env.action-repeat 1 takes single steps"
+        )
     try:
         return to_episodes(recorded, interface, config, name)
     except UsageError as error:
