@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from valdi_jax import diffusion
+from valdi_jax.config import ModelConfig
+from valdi_jax.dynamics import DYNAMICS
 
 
 def test_the_schedule_falls_from_almost_clean_to_almost_noise():
@@ -48,3 +50,16 @@ def test_ddim_with_a_perfect_model_reaches_the_clean_sample(steps):
 def test_ddim_refuses_steps_outside_the_schedule(steps):
     with pytest.raises(ValueError, match="between 1 and 1000"):
         diffusion.ddim_timesteps(steps, 1000)
+
+
+def test_a_share_of_each_batch_learns_the_step_that_samples_start_with():
+    keys = jax.random.split(jax.random.key(0))
+    share = ModelConfig(horizon=2, latent_dim=3, one_step_share=0.25)
+    uniform, mixed = (
+        DYNAMICS["diffusion"].draw(keys, 64, config=config)
+        for config in (ModelConfig(horizon=2, latent_dim=3), share)
+    )
+    np.testing.assert_array_equal(mixed.timesteps[:16], 999)
+    np.testing.assert_array_equal(mixed.timesteps[16:], uniform.timesteps[16:])
+    np.testing.assert_array_equal(mixed.noise, uniform.noise)
+    assert np.sum(uniform.timesteps == 999) < 3

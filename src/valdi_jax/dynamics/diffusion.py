@@ -20,7 +20,7 @@ class DiffusionDraws(NamedTuple):
     """Random draws of one update."""
 
     noise: Array  # [B, H, D] standard normal
-    timesteps: Array  # [B] int32, uniform on 0 .. T - 1
+    timesteps: Array  # [B] int32, T - 1 for the share that learns it, else uniform on 0 .. T - 1
 
 
 def _net(config: ModelConfig) -> DiffusionTransformer:
@@ -38,6 +38,9 @@ def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> DiffusionDraws
     """Noise and timesteps for ``batch_size`` segments from [2] keys."""
     noise = jax.random.normal(keys[0], (batch_size, config.horizon, config.latent_dim))
     timesteps = jax.random.randint(keys[1], (batch_size,), 0, config.diffusion_timesteps)
+    # Segments of a batch are drawn at random, so the first ones are as good as any.
+    first = jnp.arange(batch_size) < round(config.one_step_share * batch_size)
+    timesteps = jnp.where(first, config.diffusion_timesteps - 1, timesteps)
     return DiffusionDraws(noise, timesteps)
 
 
