@@ -245,8 +245,6 @@ def test_diffusion_steps_are_for_diffusion():
         validate(mlp.replace(planner={"diffusion_steps": 2}))
     with pytest.raises(UsageError, match="futures is 2; it does nothing with"):
         validate(mlp.replace(planner={"futures": 2}))
-    with pytest.raises(UsageError, match=r"one-step-share is 0\.5; it does nothing with"):
-        validate(mlp.replace(model={"one_step_share": 0.5}))
     flow = PRESETS["paper"].replace(model={"dynamics": "flow"})  # any number: it has no table
     validate(flow.replace(planner={"diffusion_steps": 2000}))
 

@@ -169,8 +169,8 @@ class ModelConfig:
     diffusion_timesteps: Count = 1000
     """Diffusion timesteps T of the noise schedule."""
     one_step_share: Fraction = 0.0
-    """Share of each batch that learns timestep T - 1, where every sample starts and one of a single
-    step ends; the rest learn timesteps drawn uniformly."""
+    """Share of each batch with timestep T - 1, from which the diffusion model samples in one step;
+    the rest learns timesteps drawn uniformly, as all do in the paper."""
     timestep_dim: Count = 32
     """Size of the learned timestep embedding."""
     transformer_width: Count = 256
@@ -664,11 +664,6 @@ def validate(config: Config) -> None:
         f"must be at most --model.diffusion-timesteps ({model.diffusion_timesteps})",
     )
     require(
-        model.one_step_share == 0 or model.dynamics == "diffusion",
-        *("--model.one-step-share", model.one_step_share),
-        f"does nothing with --model.dynamics {model.dynamics}",
-    )
-    require(
         planner.diffusion_steps == 1 or model.dynamics not in ("mlp", "simplex"),
         *("--planner.diffusion-steps", planner.diffusion_steps),
         f"does nothing with --model.dynamics {model.dynamics}",
@@ -833,7 +828,6 @@ def _validate_plans(config: Config) -> None:
         "--learn.encoder-rate": config.learn.encoder_rate != 1,
         "--learn.random-shift": config.learn.random_shift != 0,
         "--model.normalize": config.model.normalize,
-        "--model.one-step-share": config.model.one_step_share != 0,
         "--planner.precision": config.planner.precision != "float32",
         "--planner.correlation": config.planner.correlation != 0,
         "--planner.diffusion-steps": config.planner.diffusion_steps != 1,

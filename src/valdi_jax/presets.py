@@ -187,6 +187,7 @@ PRESETS: dict[str, Config] = {
         _PAPER,
         env=EnvConfig(patience=75, downsample=2),
         model=ModelConfig(
+            one_step_share=0.5,
             encoder_width=128,
             transformer_width=128,
             transformer_depth=3,
