@@ -244,7 +244,10 @@ def paired(a: Row, b: Row) -> Number:
 
 
 def bounded(gain: Number, most: float, *, both: bool = False) -> bool | None:
-    """Whether a gain (with ``both``, its size) is below ``most``; none if it cannot be told."""
+    """Whether there is no gain (with ``both``, no difference).
+
+    False if there surely is one, true if the noise hides none of ``most``; else none.
+    """
     if gain.error is None:
         return None
     low, high = gain.mean - NOISE * gain.error, gain.mean + NOISE * gain.error

@@ -12,11 +12,11 @@ from conftest import PARITY
 from toy import Counting
 
 from valdi_jax.config import EnvConfig
-from valdi_jax.envs import evaluation_seeds, import_modules, interface_of, make_env
+from valdi_jax.envs import evaluation_seeds, import_modules, interface_of, make_env, own_env
 from valdi_jax.envs.carracing import make_carracing, mask_bar, read_proprio
 from valdi_jax.envs.spaces import Interface
 from valdi_jax.envs.workers import LocalPool, Stepper, WorkerPool
-from valdi_jax.envs.wrappers import Patience, ThroughTerminals, paced
+from valdi_jax.envs.wrappers import FreshWorld, Patience, ThroughTerminals, paced
 from valdi_jax.errors import StoppedError, UsageError
 from valdi_jax.observation import Observation
 from valdi_jax.train import parse_arguments
@@ -530,3 +530,18 @@ def test_an_episode_depends_on_its_seed_and_not_on_those_before(name):
         episode(used, seed)
     again, first = (episode(env, 3) for env in (used, make_env(config, training=True)))
     jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_a_factorys_walker_gets_fresh_worlds_and_no_namesake_does():
+    def make(config, training):
+        return gym.make("BipedalWalker-v3")
+
+    env = own_env(make, EnvConfig(max_steps=0), training=True)
+    assert isinstance(env, FreshWorld)
+    gym.register("BipedalWalkerToy-v0", entry_point=Counting, max_episode_steps=3)
+    try:
+        make_env(EnvConfig(name="gym:BipedalWalkerToy-v0", max_steps=3), training=True).reset(
+            seed=0
+        )
+    finally:
+        del gym.registry["BipedalWalkerToy-v0"]

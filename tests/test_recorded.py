@@ -525,9 +525,35 @@ def test_data_that_do_not_say_how_long_actions_were_held_fit_single_steps_alone(
     given = {"name": "pendulum", "action_repeat": 2}
     config = DIFFUSER.replace(env=given)
     interface = interface_of(lambda: gym.make("Pendulum-v1"))
-    with pytest.raises(UsageError, match="holds them for 2: --env"):
+    with pytest.raises(UsageError, match="for 2: give --env"):
         read_recorded("minari:toy/steps-v0", interface, config)
     read_recorded("minari:toy/steps-v0", interface, config.replace(env={"action_repeat": 1}))
+
+
+def test_how_long_actions_were_held_outlasts_minaris_combining(datasets):
+    import minari
+
+    config = EnvConfig(name="pendulum", action_repeat=2, max_steps=10)
+    for name in ("toy/a-v0", "toy/b-v0"):
+        env = make_env(config, training=False)
+        record(env, Still(), name, episodes=1, env_config=config)
+    sets = [minari.load_dataset(name) for name in ("toy/a-v0", "toy/b-v0")]
+    minari.combine_datasets(sets, "toy/both-v0")
+    assert environment_of("minari:toy/both-v0") == {"name": "gym:Pendulum-v1", "action_repeat": 2}
+    interface = interface_of(lambda: gym.make("Pendulum-v1"))
+    ours = DIFFUSER.replace(env={"name": "pendulum", "action_repeat": 2})
+    assert len(read_recorded("minari:toy/both-v0", interface, ours)) == 2
+    with pytest.raises(UsageError, match="holds actions for 2 steps, and --env pendulum for 1"):
+        read_recorded("minari:toy/both-v0", interface, ours.replace(env={"action_repeat": 1}))
+
+
+def test_a_recorded_walker_can_be_made_again(datasets):
+    import minari
+
+    env = make_env(EnvConfig(name="bipedalwalker", max_steps=5), training=False)
+    record(env, _Random(env.action_space, 1.0, 0), "toy/walker-v0", episodes=1)
+    again = minari.load_dataset("toy/walker-v0").recover_environment()
+    assert again.observation_space == env.observation_space
 
 
 def test_data_alone_must_be_named(tmp_path):

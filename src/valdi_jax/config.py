@@ -169,8 +169,8 @@ class ModelConfig:
     diffusion_timesteps: Count = 1000
     """Diffusion timesteps T of the noise schedule."""
     one_step_share: Fraction = 0.0
-    """Share of each batch with timestep T - 1, from which the diffusion model samples in one step;
-    the rest learns timesteps drawn uniformly, as all do in the paper."""
+    """Share of each batch with timestep T - 1, from which plans sample in one step; the rest learns
+    timesteps drawn uniformly, as all do in the paper (diffusion alone)."""
     timestep_dim: Count = 32
     """Size of the learned timestep embedding."""
     transformer_width: Count = 256

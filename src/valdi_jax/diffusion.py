@@ -132,7 +132,8 @@ def guided_sample(
         posterior: of T timesteps.
         guide: none for plain sampling.
 
-    Returns: samples [N, ...], and their values [N] before the last denoising (0 without a guide).
+    Returns: samples [N, ...], and their values [N] before the last denoising (0 without a guide; of
+    the samples themselves with one of 0 steps).
     """
 
     def step(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], None]:
@@ -143,7 +144,10 @@ def guided_sample(
 
     timesteps = jnp.arange(noise.shape[0] - 2, -1, -1, dtype=jnp.int32)
     start = pin(noise[0]), jnp.zeros(noise.shape[1])
-    return jax.lax.scan(step, start, (timesteps, noise[1:]))[0]
+    samples, values = jax.lax.scan(step, start, (timesteps, noise[1:]))[0]
+    if guide is not None and guide.steps == 0:  # no guidance, but values to choose by
+        values = guide.value(samples, jnp.zeros((), jnp.int32))
+    return samples, values
 
 
 def guided_step(
@@ -180,7 +184,5 @@ def climb(
         gradient = jnp.where(timestep < guide.stop, 0, variance * gradient)
         return (pin(carry[0] + guide.scale * gradient), values), None
 
-    if guide.steps == 0:  # no guidance, but values to choose by
-        return samples, guide.value(samples, timestep)
     start = samples, jnp.zeros(samples.shape[0])
     return jax.lax.scan(step, start, length=guide.steps)[0]

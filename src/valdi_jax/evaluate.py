@@ -46,8 +46,8 @@ class Arguments:
     """Run directory (its newest checkpoint), one of its checkpoints, an exported agent, or the name
     of a bundled agent, such as carracing."""
     episodes: int = 100
-    """How many of the 100 fixed episodes (CarRacing: tracks) to run. Ctrl-C scores those driven so
-    far."""
+    """How many of the 100 fixed episodes (CarRacing: tracks) to run. Ctrl-C scores the first ones,
+    up to one that is not done."""
     diffusion_steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STEPS")] = ()
     """DDIM steps to evaluate with, one evaluation for each (e.g. 1 2 4 8); by default the run's."""
     num_envs: int = 1
@@ -287,6 +287,11 @@ def _score(arguments: Arguments, params: Params, config: Config, rollouts: list[
             driven = {rollout.episode.seed: rollout for rollout in rollouts}
             seeds = evaluation_seeds(arguments.episodes)
             rollouts[:] = [driven[seed] for seed in itertools.takewhile(driven.__contains__, seeds)]
+            if late := len(driven) - len(rollouts):
+                print(
+                    f"episode {len(rollouts) + 1} was still driven: {late} after it do not count",
+                    file=sys.stderr,
+                )
             return True
     return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,12 +42,15 @@ def read_recorded(name: str, interface: Interface, config: Config) -> list[Episo
             raise UsageError(
                 f"{name} was recorded with --env.{option.replace('_', '-')} {value}, not {ours}"
             )
-    held = config.env.action_repeat
-    if held > 1 and kind == "minari" and ENVIRONMENT not in _minari(rest).storage.metadata:
-        raise UsageError(
-            f"{name} does not say for how many steps its actions were held, and --env "
-            f"{config.env.name} holds them for {held}: --env.action-repeat 1 takes single steps"
-        )
+    ours = config.env.action_repeat
+    if kind == "minari" and ENVIRONMENT not in _minari(rest).storage.metadata:
+        theirs = _held(_minari(rest))
+        if ours != (theirs or 1):
+            said = f"holds actions for {theirs} steps" if theirs else "does not say for how many"
+            raise UsageError(
+                f"{name} {said}, and --env {config.env.name} for {ours}: give "
+                f"--env.action-repeat {theirs or 1}"
+            )
     try:
         return to_episodes(recorded, interface, config, name)
     except UsageError as error:
@@ -93,7 +97,19 @@ def _environment(name: str) -> dict[str, Any]:
         return {"name": str(known[ENVIRONMENT])} | {
             option: int(value) for option, value in settings.items() if option in _SHAPING
         }
-    return {"name": f"gym:{data.env_spec.id}"} if data.env_spec else {}
+    if data.env_spec is None:
+        return {}
+    held = _held(data)
+    return {"name": f"gym:{data.env_spec.id}"} | ({} if held == 1 else {"action_repeat": held})
+
+
+def _held(data: Any) -> int | None:
+    """For how many steps the recorded environment held actions; none if it is not known."""
+    if data.env_spec is None:
+        return None
+    wrappers = data.env_spec.additional_wrappers
+    repeats = (w.kwargs["num_repeats"] for w in wrappers if w.name == "RepeatAction")
+    return math.prod(repeats)
 
 
 def _read_minari(name: str) -> Iterable[Any]:

@@ -38,9 +38,9 @@ def draw(keys: Array, batch_size: int, *, config: ModelConfig) -> DiffusionDraws
     """Noise and timesteps for ``batch_size`` segments from [2] keys."""
     noise = jax.random.normal(keys[0], (batch_size, config.horizon, config.latent_dim))
     timesteps = jax.random.randint(keys[1], (batch_size,), 0, config.diffusion_timesteps)
-    # Segments of a batch are drawn at random, so the first ones are as good as any.
-    first = jnp.arange(batch_size) < round(config.one_step_share * batch_size)
-    timesteps = jnp.where(first, config.diffusion_timesteps - 1, timesteps)
+    # Spread evenly, as a batch has recorded segments behind the agent's own.
+    before = np.floor(config.one_step_share * np.arange(batch_size + 1) + 1e-6)
+    timesteps = jnp.where(np.diff(before) > 0, config.diffusion_timesteps - 1, timesteps)
     return DiffusionDraws(noise, timesteps)
 
 

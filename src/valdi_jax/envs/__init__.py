@@ -19,7 +19,7 @@ from valdi_jax.envs.carracing import make_carracing
 from valdi_jax.envs.dmc import make_dmc
 from valdi_jax.envs.maze import make_maze
 from valdi_jax.envs.spaces import Interface
-from valdi_jax.envs.wrappers import FreshWorld, Limited, paced
+from valdi_jax.envs.wrappers import Limited, paced, with_fresh_worlds
 from valdi_jax.errors import UsageError
 
 
@@ -156,7 +156,7 @@ def make_registered(
     if env.spec is None or env.spec.max_episode_steps is None:
         env.close()
         raise UsageError(f"gym:{name} has no time limit of its own: give one with --env.max-steps")
-    return FreshWorld(env) if name.startswith("BipedalWalker") else env
+    return with_fresh_worlds(env)
 
 
 _NAMED: dict[str, Callable[..., gym.Env]] = {
@@ -187,6 +187,7 @@ def own_env(make: Callable[..., gym.Env], config: EnvConfig, *, training: bool) 
     if reason := _takes_not(env.reset, seed=0):
         env.close()
         raise UsageError(f"the environment's reset() has to take a seed, as in Gymnasium: {reason}")
+    env = with_fresh_worlds(env)
     spec = getattr(env, "spec", None)
     limit = spec.max_episode_steps if spec is not None else None
     inner, holds = env, 1

@@ -76,18 +76,29 @@ class Limited:
         return observation, reward, terminated, True, info
 
 
-class FreshWorld(gym.Wrapper):
+class FreshWorld(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Gives a Box2D environment a new world at each reset, so that a seed makes the same episode.
 
     Gymnasium's BipedalWalker keeps its world, in which the order of contacts, and so the walker's
     motion, depends on the terrains that were there before.
     """
 
+    def __init__(self, env: gym.Env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+
     def reset(self, **kwargs):
         inner: Any = self.unwrapped
         inner._destroy()
         inner.world = type(inner.world)()
         return self.env.reset(**kwargs)
+
+
+def with_fresh_worlds(env: gym.Env) -> gym.Env:
+    """The environment, in `FreshWorld` if it is Gymnasium's BipedalWalker."""
+    classes = type(getattr(env, "unwrapped", env)).__mro__
+    walks = any(each.__module__ == "gymnasium.envs.box2d.bipedal_walker" for each in classes)
+    return FreshWorld(env) if walks else env
 
 
 def paced(env: gym.Env, *, action_repeat: int, patience: int) -> gym.Env:
