@@ -136,9 +136,8 @@ def read(where: Path) -> Results:
 
 
 def number(cell: Row) -> Number:
-    """With the larger error of those over states and over episodes, whose states hang together."""
-    errors = [cell.get(name) for name in ("standard_error", "episode_error")]
-    return Number(cell["mean"], max((e for e in errors if e is not None), default=None))
+    """A mean with its larger error."""
+    return Number(cell["mean"], value_diagnostics.larger_error(cell))
 
 
 def plain(value: float, digits: int) -> str:

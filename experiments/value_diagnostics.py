@@ -172,9 +172,9 @@ def diagnose(name: str, *, states: int, episodes: int, steps: int) -> dict[str, 
     }
 
 
-def _error(cell: dict[str, Any]) -> float | None:
+def larger_error(cell: dict[str, Any]) -> float | None:
     """The larger error of those over states and over episodes, whose states hang together."""
-    errors = [cell[name] for name in ("standard_error", "episode_error")]
+    errors = [cell.get(name) for name in ("standard_error", "episode_error")]
     return max((error for error in errors if error is not None), default=None)
 
 
@@ -184,7 +184,7 @@ def table(rows: Sequence[dict[str, Any]], kind: str) -> str:
     title = {"td": "TD error, h =", "drift": "drift, h ="}[kind]
     lines = [
         [Path(row["agent"]).name]
-        + [evidence.plus_minus(cell["mean"], _error(cell), 2) for cell in row[kind]]
+        + [evidence.plus_minus(cell["mean"], larger_error(cell), 2) for cell in row[kind]]
         for row in rows
     ]
     for name, numbers in PAPER[kind].items():
